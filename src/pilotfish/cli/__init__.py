@@ -1,0 +1,53 @@
+"""Words on a command line in, an exit code out; one frozen dataclass a verb.
+
+Exit codes: 0 done, 1 an error that the message explains, 2 a wrong flag, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from pilotfish.cli.verbs import BenchTax, Chat, Demo, Fit, Score
+from pilotfish.errors import PilotfishError
+
+__all__ = ["main"]
+
+Verb = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Chat, tyro.conf.subcommand("chat")]
+    | Annotated[Score, tyro.conf.subcommand("score")]
+    | Annotated[Fit, tyro.conf.subcommand("fit")]
+    | Annotated[BenchTax, tyro.conf.subcommand("bench-tax")]
+)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one verb; the `pilotfish` command."""
+    given = list(sys.argv[1:] if args is None else args)
+    if given[:2] == ["bench", "tax"]:  # read as two words, told to the parser as one
+        given[:2] = ["bench-tax"]
+    verb = tyro.cli(  # type: ignore[call-overload]  # a union of subcommands
+        Verb,
+        prog="pilotfish",
+        args=given,
+        description="Monitor heads on the draft of speculative decoding.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        return int(verb.run())
+    except PilotfishError as error:
+        print(f"pilotfish: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "\npilotfish: interrupted; nothing half-written was left, the same command picks up again", file=sys.stderr
+        )
+        return 130

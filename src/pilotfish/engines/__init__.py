@@ -1,0 +1,22 @@
+"""A prompt in, tokens with scores out."""
+
+from pilotfish.engines.drafting import Drafting
+from pilotfish.engines.embedded import EmbeddedEngine, Request, Stream
+from pilotfish.engines.records import Event, Generation, Round, RoundEvent, ScoreEvent, Token, TokenEvent, VerdictEvent
+from pilotfish.engines.speculate import Sampling
+
+__all__ = [
+    "Drafting",
+    "EmbeddedEngine",
+    "Event",
+    "Generation",
+    "Request",
+    "Round",
+    "RoundEvent",
+    "Sampling",
+    "ScoreEvent",
+    "Stream",
+    "Token",
+    "TokenEvent",
+    "VerdictEvent",
+]

@@ -1,0 +1,86 @@
+"""Token ids in; logits out, and the monitor's scores of exactly those tokens from the same forward pass."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from pilotfish.core import Reader
+from pilotfish.engines.records import Scores
+from pilotfish.errors import GenerationError
+from pilotfish.heads import HeadBank
+from pilotfish.taps import tapped
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 512
+"""Tokens a forward pass of a long prompt, to bound the memory of its activations."""
+
+
+class CachedModel:
+    """A model with the KV cache of one sequence. With a bank, every read is scored in the same forward pass."""
+
+    def __init__(self, model: PreTrainedModel, reader: Reader, bank: HeadBank | None = None) -> None:
+        self._model = model
+        self._reader = reader
+        self._bank = bank
+        self._cache = DynamicCache()  # full layers even for sliding-window models, so that any rollback is exact
+        self._device = next(model.parameters()).device
+        self.length = 0
+        """Tokens consumed."""
+        self.scores: list[Scores] = []
+        """Scores of the tokens of the last read, in order; empty without a bank."""
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int], num_logits: int = 1) -> Float[Tensor, "token vocab"]:
+        """Consumes tokens; returns the logits after each of the last `num_logits`.
+
+        Raises:
+            GenerationError: a logit is not finite: the model's output cannot be used.
+        """
+        assert 0 < num_logits <= len(ids), "logits follow consumed tokens"
+        self.scores = []
+        head = max(0, len(ids) - max(num_logits, CHUNK))
+        for start in range(0, head, CHUNK):
+            self._forward(ids[start : min(start + CHUNK, head)], 1)
+        return self._forward(ids[head:], num_logits)
+
+    def rollback(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+        assert 0 <= length <= self.length, "rollback goes back"
+        if length < self.length:
+            self._cache.crop(length - self.length)
+            self.length = length
+
+    def _forward(self, ids: Sequence[int], num_logits: int) -> Float[Tensor, "token vocab"]:
+        batch = torch.tensor([list(ids)], device=self._device)
+        with tapped(self._model, self._bank.sites) if self._bank else nullcontext() as taps:
+            output = self._model(batch, past_key_values=self._cache, use_cache=True, logits_to_keep=num_logits)
+            if self._bank is not None:
+                self.scores += self._score(self._bank, taps, len(ids))
+        self.length += len(ids)
+        logits: Tensor = output.logits[0]
+        if not bool(torch.isfinite(logits[-1].sum())):
+            raise GenerationError(
+                f"the {self._reader}'s logits at position {self.length - 1} are not finite; "
+                "check its weights and dtype (float16 overflows in some models; use bfloat16 or float32)"
+            )
+        return logits
+
+    def _score(self, bank: HeadBank, taps: object, num_tokens: int) -> list[Scores]:
+        """One fused matmul for all metrics; whatever goes wrong becomes unscored tokens, counted and visible."""
+        try:
+            rows = bank.probabilities(bank.features(taps)).tolist()  # type: ignore[arg-type]  # Taps is the Mapping
+            if len(rows) != num_tokens:
+                raise ValueError(f"{len(rows)} rows of scores for {num_tokens} tokens")
+            return [Scores(bank.metrics, row, self._reader) for row in rows]
+        except Exception as error:
+            logger.exception("scoring failed; %d tokens are unscored", num_tokens)
+            reason = f"head failed: {type(error).__name__}: {error}"
+            return [Scores(bank.metrics, None, self._reader, reason) for _ in range(num_tokens)]

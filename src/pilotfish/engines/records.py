@@ -1,0 +1,240 @@
+"""What a generation leaves behind: tokens with scores, rounds of speculation, verdicts, counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pilotfish.actions import Verdict
+from pilotfish.core import PENDING, Reader, TokenScore
+
+Origin = Literal["prompt", "draft", "target"]
+FinishReason = Literal["eos", "length", "stop_string", "content_filter"]
+
+
+class Scores(Mapping[str, TokenScore]):
+    """One token's score for each metric of a bank; `TokenScore`s are made when asked for, so a row of 64 costs one
+    list.
+    """
+
+    __slots__ = ("_metrics", "_reason", "_values", "reader")
+
+    def __init__(
+        self, metrics: Sequence[str], values: Sequence[float] | None, reader: Reader, reason: str = ""
+    ) -> None:
+        """`values` in the order of `metrics`; None when the whole token is unscored for `reason`."""
+        assert (values is None) == (reason != ""), "either values or a reason"
+        self._metrics, self._values, self.reader, self._reason = metrics, values, reader, reason
+
+    def __getitem__(self, metric: str) -> TokenScore:
+        try:
+            index = self._metrics.index(metric)
+        except ValueError:
+            raise KeyError(metric) from None
+        if self._values is None:
+            return TokenScore.unscored(self._reason, self.reader)
+        return TokenScore.scored(self._values[index], self.reader)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._metrics)
+
+    def __len__(self) -> int:
+        return len(self._metrics)
+
+
+class Pending(Mapping[str, TokenScore]):
+    """The scores of a token that its reader has not consumed yet."""
+
+    __slots__ = ("_metrics",)
+
+    def __init__(self, metrics: Sequence[str]) -> None:
+        self._metrics = metrics
+
+    def __getitem__(self, metric: str) -> TokenScore:
+        if metric not in self._metrics:
+            raise KeyError(metric)
+        return PENDING
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._metrics)
+
+    def __len__(self) -> int:
+        return len(self._metrics)
+
+
+@dataclass(slots=True)
+class Token:
+    """A committed token. `scores` is filled in once, when its reader has consumed it."""
+
+    position: int
+    """0-based, prompt included."""
+    id: int
+    text: str
+    """The token's own characters; an incomplete multi-byte character shows as a replacement sign."""
+    origin: Origin
+    """Who proposed it: the prompt, the draft (then accepted), or the target (correction or bonus)."""
+    round: int
+    """Round of speculation that committed it, from 1; 0 for the prompt."""
+    delta: str = ""
+    """Text that becomes safe to show with this token; the answer is the concatenation."""
+    scores: Mapping[str, TokenScore] | None = None
+    """None while pending."""
+    is_emitted: bool = False
+    """False for a token that a gate withheld."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """A drafted token of one round; its scores are look-ahead unless it was accepted."""
+
+    id: int
+    text: str
+    is_accepted: bool
+    scores: Mapping[str, TokenScore] | None
+    """None for the last one of a round, which the draft proposes but does not consume."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    number: int
+    start: int
+    """Position that the first drafted token would take."""
+    drafted: tuple[Drafted, ...]
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(token.is_accepted for token in self.drafted)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """A token leaves the engine."""
+
+    token: Token
+    scores: Mapping[str, TokenScore]
+    """As of now: `pending` where the score is due with the next draft step."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreEvent:
+    """The score of a token that left as pending."""
+
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class RoundEvent:
+    round: Round
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictEvent:
+    verdict: Verdict
+
+
+Event = TokenEvent | ScoreEvent | RoundEvent | VerdictEvent
+
+
+@dataclass(slots=True)
+class Generation:
+    """One exchange, complete once the stream has ended."""
+
+    prompt: str
+    tokens: list[Token]
+    num_prompt_tokens: int
+    rounds: list[Round] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    """What the engine decided on its own: speculation paused, heads moved to the target, reads that cost extra."""
+    num_taxed_reads: int = 0
+    """Draft passes that were made for the scores alone; 0 when monitoring was free."""
+
+    @property
+    def answer(self) -> str:
+        """The text that was emitted."""
+        return "".join(token.delta for token in self.tokens[self.num_prompt_tokens :] if token.is_emitted)
+
+    @property
+    def committed(self) -> list[Token]:
+        """The generated tokens, withheld ones included, the prompt not."""
+        return self.tokens[self.num_prompt_tokens :]
+
+    @property
+    def acceptance(self) -> float | None:
+        """Accepted over drafted tokens; None when nothing was drafted."""
+        drafted = sum(len(item.drafted) for item in self.rounds)
+        return sum(item.num_accepted for item in self.rounds) / drafted if drafted else None
+
+    def misses(self) -> Counter[str]:
+        """Reasons of tokens (prompt included) that no head scored; committed = scored + the sum of these."""
+        return Counter(reason for token in self.tokens if (reason := _missing(token)))
+
+    def to_dict(self, title: str, **labels: Any) -> dict[str, Any]:
+        """The exchange as the JSON that a report takes; `labels` are its further keys (target, draft, thresholds,
+        policy …).
+        """
+        misses = self.misses()
+        return {
+            "title": title,
+            "prompt": self.prompt,
+            "finish_reason": self.finish_reason,
+            "tokens": [_token_dict(token) for token in self.tokens],
+            "rounds": [
+                {
+                    "round": item.number,
+                    "start": item.start,
+                    "drafted": [
+                        {"id": token.id, "text": token.text, "accepted": token.is_accepted, **_score_dict(token.scores)}
+                        for token in item.drafted
+                    ],
+                }
+                for item in self.rounds
+            ],
+            "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            "stats": {
+                "seconds": self.seconds,
+                "tokens_per_s": len(self.committed) / self.seconds if self.seconds else None,
+                "acceptance": self.acceptance,
+                "coverage": 1 - sum(misses.values()) / len(self.tokens),
+                "num_committed": len(self.tokens),
+                "num_scored": len(self.tokens) - sum(misses.values()),
+                "misses": dict(misses),
+                "num_taxed_reads": self.num_taxed_reads,
+                "notes": self.notes,
+            },
+            **labels,
+        }
+
+
+def _missing(token: Token) -> str | None:
+    """Why a token has no complete set of scores; None when it has."""
+    if not token.scores:
+        return "no head reads this model"
+    return next((score.reason for score in token.scores.values() if score.state != "scored"), None)
+
+
+def _score_dict(scores: Mapping[str, TokenScore] | None) -> dict[str, Any]:
+    if scores is None:
+        return {}
+    found = dict(scores.items())
+    return {
+        "scores": {metric: score.value for metric, score in found.items() if score.value is not None},
+        "unscored": {metric: score.reason for metric, score in found.items() if score.value is None},
+        "reader": next((score.reader for score in found.values()), "draft"),
+    }
+
+
+def _token_dict(token: Token) -> dict[str, Any]:
+    return {
+        "position": token.position,
+        "id": token.id,
+        "text": token.text,
+        "origin": token.origin,
+        "round": token.round,
+        "emitted": token.is_emitted,
+        **_score_dict(token.scores),
+    }

@@ -1,0 +1,58 @@
+"""Every error that Pilotfish raises on purpose: what was given, what is allowed, what to do.
+
+PilotfishError
+├── SettingError         a setting, flag or argument outside what is allowed
+├── TextError            a text, span or data file that cannot be used
+│   └── LeakError        the same source document on both sides of a split
+├── ModelError           a model that cannot be used as asked
+│   ├── UnknownFamily    no row in the family table
+│   ├── PairMismatch     target and draft do not share a vocabulary
+│   └── WeightsError     weights that cannot be fetched, checked or stored
+├── ArtefactError        a bank or recording that is damaged or incomplete
+│   └── BankMismatch     a bank made for another model, tokenizer or shape
+└── GenerationError      a request that the engine refuses, or could not finish
+"""
+
+
+class PilotfishError(Exception):
+    """Base of all errors that a user can act on; the CLI prints it without a traceback and exits 1."""
+
+
+class SettingError(PilotfishError, ValueError):
+    """A setting, flag or argument outside what is allowed."""
+
+
+class TextError(PilotfishError, ValueError):
+    """A text, span or data file that cannot be used."""
+
+
+class LeakError(TextError):
+    """The same source document stands on both sides of a split."""
+
+
+class ModelError(PilotfishError):
+    """A model that cannot be used as asked."""
+
+
+class UnknownFamily(ModelError):
+    """The model's architecture has no row in the family table."""
+
+
+class PairMismatch(ModelError):
+    """Target and draft do not share a vocabulary."""
+
+
+class WeightsError(ModelError):
+    """Weights that cannot be fetched, checked or stored."""
+
+
+class ArtefactError(PilotfishError):
+    """A bank or recording that is damaged or incomplete."""
+
+
+class BankMismatch(ArtefactError):
+    """A bank made for another model, another tokenizer or another shape."""
+
+
+class GenerationError(PilotfishError):
+    """A request that the engine refuses, or a generation that could not finish."""
