@@ -46,7 +46,9 @@ def check_table(table: Mapping[str, Any], where: str) -> None:
     columns = _texts(table.get("columns"), f"{where}: columns")
     for index, row in enumerate(_list(table.get("rows"), f"{where}: rows")):
         if len(_list(row, f"{where}: rows[{index}]")) != len(columns):
-            raise SettingError(f"{where}: rows[{index}] has {len(row)} cells; give one for each of the {len(columns)} columns")
+            raise SettingError(
+                f"{where}: rows[{index}] has {len(row)} cells; give one for each of the {len(columns)} columns"
+            )
         for cell in row:
             if not isinstance(cell, str | int | float):
                 raise SettingError(f"{where}: rows[{index}] holds {_brief(cell)}; a cell is text or a number")
@@ -65,7 +67,9 @@ def _tokens(tokens: Sequence[Any], metrics: Sequence[str], where: str) -> None:
             raise SettingError(f"{here}: position {position} comes after position {last}; positions must rise")
         last = position
         if token.get("origin") not in ORIGINS:
-            raise SettingError(f"{here}: origin {_brief(token.get('origin'))} is unknown; use one of {', '.join(ORIGINS)}")
+            raise SettingError(
+                f"{here}: origin {_brief(token.get('origin'))} is unknown; use one of {', '.join(ORIGINS)}"
+            )
         scores, unscored = token.get("scores", {}), _mapping(token.get("unscored", {}), f"{here}: unscored")
         _scores(scores, metrics, f"{here}: scores")
         for metric, reason in unscored.items():
@@ -109,7 +113,8 @@ def _scores(scores: Any, metrics: Sequence[str], where: str) -> None:
             raise SettingError(f"{where}: metric {metric!r} is not among the exchange's metrics ({', '.join(metrics)})")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
             raise SettingError(
-                f"{where}: {metric!r} is {_brief(value)}, not a number in [0, 1]; leave a missing score out and give its reason under `unscored`"
+                f"{where}: {metric!r} is {_brief(value)}, not a number in [0, 1]; "
+                "leave a missing score out and give its reason under `unscored`"
             )
 
 

@@ -1,66 +1,30 @@
-// Reads the exchanges from the page's JSON block, sets one of them as text coloured by score, answers pointer and keyboard.
+// Reads the exchanges from the page's JSON block, sets one as text coloured by score, answers pointer and keyboard.
 "use strict";
 
-// ---- Theme. This script stands in the head, so the right one is in force before the first paint. ----
-
-const THEMES = ["auto", "light", "dark"];
-const THEME_KEY = "pilotfish-theme";
-const systemDark = matchMedia("(prefers-color-scheme: dark)");
-let theme = storedTheme();
-
-function storedTheme() {
-  try {
-    const stored = localStorage.getItem(THEME_KEY);
-    return THEMES.includes(stored) ? stored : "auto";
-  } catch { // storage is switched off
-    return "auto";
-  }
-}
-
-function chooseTheme(choice) {
-  theme = choice;
-  try {
-    localStorage.setItem(THEME_KEY, choice);
-  } catch { /* storage is switched off: the choice holds for this visit */ }
-  applyTheme();
-}
-
-function applyTheme() {
-  const inForce = theme === "auto" ? (systemDark.matches ? "dark" : "light") : theme;
-  document.documentElement.dataset.theme = inForce;
-  for (const radio of document.querySelectorAll("input[name=theme]")) {
-    radio.checked = radio.value === theme;
-    if (radio.value === "auto") radio.nextElementSibling.textContent = theme === "auto" ? `Auto: ${inForce}` : "Auto";
-  }
-}
-
-applyTheme();
-systemDark.addEventListener("change", applyTheme);
-
-// ---- State ----
-
 const $ = (id) => document.getElementById(id);
+const data = JSON.parse($("data").textContent);
 const state = {
   exchange: null,
   metric: "",
-  moved: new Map(), // metric -> threshold that the reader of the page has set
+  moved: new Map(), // metric -> threshold set on this page
   stops: [], // what can be pointed at, in reading order: {node, token, round, isRejected}
   byPosition: new Map(), // position -> stop of the committed token
+  tabStop: null, // the text is one tab stop; arrow keys move inside it
   active: null,
   pinned: null,
 };
-let data;
+const NEAR = 8; // tokens; verdicts of one metric this close together are one note
+const BARS = 600; // about one a pixel
 
-const calibrated = () => state.exchange.thresholds?.[state.metric];
-const threshold = () => state.moved.get(state.metric) ?? calibrated() ?? 0.5;
+const limitOf = (metric, exchange = state.exchange) => state.moved.get(metric) ?? exchange.thresholds?.[metric] ?? 0.5;
 const scoreOf = (token, metric = state.metric) => token.scores?.[metric];
-const reasonOf = (token, metric) => token.unscored?.[metric] ?? "no score was recorded";
 const words = (name) => name.replaceAll("_", " ");
 const decimals = (score) => score.toFixed(2);
 const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
 function make(tag, attributes = {}, ...children) {
-  const node = document.createElementNS(tag === "path" || tag === "line" || tag === "rect" ? "http://www.w3.org/2000/svg" : "http://www.w3.org/1999/xhtml", tag);
+  const space = ["path", "line", "rect"].includes(tag) ? "http://www.w3.org/2000/svg" : "http://www.w3.org/1999/xhtml";
+  const node = document.createElementNS(space, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...children);
   return node;
@@ -69,117 +33,124 @@ function make(tag, attributes = {}, ...children) {
 // ---- Setting an exchange ----
 
 // Line breaks, tabs, and the controls that hide or reorder text: each gets a visible mark.
-const MARKED = /(\r\n|[\n\r\t\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff])/;
+const MARKED = /(\r\n|[\u0000-\u001f\u007f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff])/;
 
-function glyphs(text, breaks) {
-  if (text === "") return [make("i", { class: "glyph", "data-glyph": "◌" })];
+function glyphs(text, keepsBreaks) {
+  const glyph = (kind, sign) => make("i", { class: `glyph ${kind}`, "data-glyph": sign });
+  if (text === "") return [glyph("", "◌")];
   return text.split(MARKED).filter(Boolean).flatMap((part) => {
-    if (part === "\t") return [make("i", { class: "glyph newline", "data-glyph": "→" }), "\t"];
-    if (part.endsWith("\n")) return [make("i", { class: "glyph newline", "data-glyph": part.length > 1 ? "␍↵" : "↵" }), breaks ? "\n" : ""];
     if (!MARKED.test(part)) return [part];
-    const code = part.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-    return [make("i", { class: "glyph control", "data-glyph": `U+${code}` })];
+    if (part === "\t") return [glyph("faint", "→"), part];
+    if (part.endsWith("\n")) return [glyph("faint", "↵"), keepsBreaks ? part : ""];
+    return [glyph("control", `U+${part.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`)];
   });
 }
 
-function addStop(parent, token, round, isRejected) {
+function addStop(block, token, round, isRejected) {
   const node = make(isRejected ? "s" : "span", { "data-stop": state.stops.length }, ...glyphs(token.text, !isRejected));
   node.className = isRejected ? "lookahead" : `token ${token.origin}`;
-  if (/^<\|.*\|>$/.test(token.text)) node.classList.add("special");
+  node.classList.toggle("special", /^<\|.*\|>$/.test(token.text));
   const stop = { node, token, round, isRejected };
   state.stops.push(stop);
-  parent.append(node);
+  block.append(node);
   return stop;
 }
 
-// Rejected drafts by the position of the token that the target wrote in their place.
-function rejectedDrafts(exchange) {
+// Rejected drafts, by the position of the token that the target wrote in their place.
+function rejectedDrafts({ rounds = [] }) {
   const groups = new Map();
-  for (const { round, start, drafted } of exchange.rounds ?? []) {
+  for (const { round, start, drafted } of rounds) {
     const first = drafted.findIndex((draft) => !draft.accepted);
     if (first < 0) continue;
-    const tokens = drafted.slice(first).map((draft, offset) => ({ ...draft, position: start + first + offset, unread: "the draft never read it" }));
+    const tokens = drafted.slice(first).map((draft, offset) => ({ ...draft, position: start + first + offset }));
     groups.set(start + first, [...(groups.get(start + first) ?? []), { round, tokens }]);
   }
   return groups;
 }
 
-// Neighbouring verdicts of one metric and action are one note.
-function verdictRuns(exchange) {
-  const runs = [];
-  for (const verdict of exchange.verdicts ?? []) {
-    const run = runs.find((one) => one.metric === verdict.metric && one.action === verdict.action && one.last + 1 === verdict.position);
-    if (!run) runs.push({ metric: verdict.metric, action: verdict.action, first: verdict.position, last: verdict.position, peak: verdict });
-    else {
-      run.last = verdict.position;
-      if ((verdict.score ?? 2) > (run.peak.score ?? 2)) run.peak = verdict; // no score outweighs every score
-    }
+function setRejected(block, groups) {
+  for (const { round, tokens } of groups) {
+    const group = make("span", { class: "rejected" });
+    for (const token of tokens) addStop(group, token, round, true);
+    block.append(group);
   }
-  return runs;
+}
+
+function setText(exchange, notes) {
+  const blocks = { prompt: document.createDocumentFragment(), answer: document.createDocumentFragment() };
+  const rejected = rejectedDrafts(exchange);
+  for (const token of exchange.tokens) {
+    const block = token.origin === "prompt" ? blocks.prompt : blocks.answer;
+    setRejected(block, rejected.get(token.position) ?? []);
+    rejected.delete(token.position);
+    notes.forEach(({ first }, index) => {
+      if (first === token.position) block.append(make("i", { class: "note", "data-note": index + 1, "aria-hidden": "true" }));
+    });
+    state.byPosition.set(token.position, addStop(block, token, token.round, false));
+  }
+  for (const groups of rejected.values()) setRejected(blocks.answer, groups);
+  for (const name of ["prompt", "answer"]) {
+    $(name).replaceChildren(blocks[name]);
+    $(name).parentElement.hidden = $(name).childElementCount === 0;
+  }
+}
+
+function groupVerdicts({ verdicts = [] }) {
+  const notes = [];
+  for (const verdict of verdicts) {
+    const { position, metric, action, score } = verdict;
+    const note = notes.findLast((one) => one.metric === metric && one.action === action && position - one.last <= NEAR);
+    if (!note) {
+      notes.push({ metric, action, first: position, last: position, count: 1, peak: verdict });
+      continue;
+    }
+    Object.assign(note, { last: position, count: note.count + 1 });
+    if ((score ?? 2) > (note.peak.score ?? 2)) note.peak = verdict; // no score outweighs every score
+  }
+  return notes;
+}
+
+function setVerdicts(notes) {
+  const past = { flag: "Flagged", stop: "Stopped" };
+  $("verdicts").replaceChildren(...notes.map(({ metric, action, first, last, count, peak }, index) => {
+    const place = count === 1 ? `token ${first}` : `${count} tokens from ${first} to ${last}`;
+    const label = `${past[action] ?? words(action)} at ${place}`;
+    const link = state.byPosition.has(peak.position)
+      ? make("button", { type: "button", class: "link", "data-position": peak.position }, label) : label;
+    const why = count === 1 ? peak.reason : `Token ${peak.position}: ${peak.reason}`;
+    return make("li", {}, make("span", { class: "number" }, `${index + 1}`),
+      make("span", {}, link, `, ${words(metric)}`, make("span", { class: "why" }, why)));
+  }));
+  if (!notes.length) $("verdicts").append(make("li", { class: "why" }, "None: the policy took no action."));
+}
+
+function statsLine({ stats = {}, finish_reason: finish }) {
+  const endings = { length: "cut at the token limit", stop_string: "ended at a stop string", content_filter: "stopped by the policy" };
+  const { tokens_per_s: speed, acceptance, num_scored: scored, num_committed: committed } = stats;
+  return [
+    speed != null && `${speed.toFixed(1)} tokens a second`,
+    acceptance != null && `${(100 * acceptance).toFixed(0)} % of drafts accepted`,
+    scored != null && committed != null && `${scored} of ${plural(committed, "committed token")} scored`,
+    finish === "stop" ? "ended by itself" : endings[finish] ?? finish,
+  ].filter(Boolean).join(" · ");
 }
 
 function showExchange(index) {
   const exchange = data.exchanges[index];
   Object.assign(state, { exchange, stops: [], byPosition: new Map(), active: null, pinned: null });
   if (!exchange.metrics.includes(state.metric)) state.metric = exchange.metrics[0];
-  $("metric").replaceChildren(...exchange.metrics.map((metric) => new Option(words(metric), metric, false, metric === state.metric)));
-  [...$("contents").children].forEach((item, at) => item.firstChild.toggleAttribute("aria-current", at === index));
+  $("metric").replaceChildren(...exchange.metrics.map((name) => new Option(words(name), name, false, name === state.metric)));
+  [...$("contents").children].forEach((item, at) => item.firstChild.setAttribute("aria-current", at === index));
   $("exchange-title").textContent = exchange.title;
-  $("models").textContent = [exchange.target && `Written by ${exchange.target}`, exchange.draft && `drafted and read by ${exchange.draft}`].filter(Boolean).join(", ");
-  const runs = verdictRuns(exchange);
-  setText(exchange, runs);
-  setVerdicts(runs);
+  const { target, draft } = exchange;
+  $("models").textContent = [target && `target ${target}`, draft && `draft ${draft}`].filter(Boolean).join(" · ");
+  const notes = groupVerdicts(exchange);
+  setText(exchange, notes);
+  setVerdicts(notes);
   $("stats").textContent = statsLine(exchange);
-  inspect(null);
+  state.tabStop = state.stops[0];
+  state.tabStop.node.tabIndex = 0;
   paint();
-}
-
-function setText(exchange, runs) {
-  const blocks = { prompt: document.createDocumentFragment(), answer: document.createDocumentFragment() };
-  const rejected = rejectedDrafts(exchange);
-  const notes = new Map(runs.map((run, index) => [run.first, index + 1]).reverse());
-  const setRejected = (groups, block) => {
-    for (const { round, tokens } of groups) {
-      const group = make("span", { class: "rejected" });
-      for (const token of tokens) addStop(group, token, round, true);
-      block.append(group);
-    }
-  };
-  for (const token of exchange.tokens) {
-    const block = token.origin === "prompt" ? blocks.prompt : blocks.answer;
-    if (rejected.has(token.position)) setRejected(rejected.get(token.position), block);
-    rejected.delete(token.position);
-    state.byPosition.set(token.position, addStop(block, token, token.round, false));
-    if (notes.has(token.position)) block.append(make("i", { class: "note", "data-note": notes.get(token.position), "aria-hidden": "true" }));
-  }
-  for (const groups of rejected.values()) setRejected(groups, blocks.answer);
-  for (const name of ["prompt", "answer"]) {
-    $(name).replaceChildren(blocks[name]);
-    $(name).parentElement.hidden = $(name).childElementCount === 0;
-  }
-  state.stops[0].node.tabIndex = 0; // the text is one tab stop; arrow keys move inside it
-}
-
-function setVerdicts(runs) {
-  const past = { flag: "Flagged", stop: "Stopped" };
-  $("verdicts").replaceChildren(...runs.map(({ metric, action, first, last, peak }, index) => {
-    const place = `${past[action] ?? words(action)} at ${first === last ? `token ${first}` : `tokens ${first}–${last}`}`;
-    const link = state.byPosition.has(first) ? make("button", { type: "button", class: "link", "data-position": peak.position }, place) : place;
-    const score = peak.score == null ? "not scored" : `${first === last ? "" : "up to "}${decimals(peak.score)}`;
-    return make("li", {}, make("span", { class: "number" }, String(index + 1)), make("span", {}, link, ` for ${words(metric)}, ${score}`, make("span", { class: "why" }, peak.reason)));
-  }));
-  if (runs.length === 0) $("verdicts").append(make("li", {}, "", make("span", { class: "why" }, "None: the policy took no action.")));
-}
-
-function statsLine({ stats = {}, finish_reason: finish }) {
-  const endings = { stop: "ended by itself", length: "cut at the token limit", stop_string: "ended at a stop string", content_filter: "stopped by the policy" };
-  const percent = (part) => `${(100 * part).toFixed(part === 1 ? 0 : 1)} %`;
-  return [
-    stats.tokens_per_s != null && `${stats.tokens_per_s.toFixed(1)} tokens a second`,
-    stats.acceptance != null && `${percent(stats.acceptance)} of drafts accepted`,
-    stats.num_committed != null && stats.num_scored != null && `${stats.num_scored} of ${plural(stats.num_committed, "committed token")} scored`,
-    finish && (endings[finish] ?? finish),
-  ].filter(Boolean).join(" · ");
 }
 
 // ---- Colouring by the chosen metric and threshold ----
@@ -195,50 +166,49 @@ function paint() {
 }
 
 function mark() {
-  const limit = threshold();
+  const limit = limitOf(state.metric);
+  const own = state.exchange.thresholds?.[state.metric];
   const counts = { prompt: 0, answer: 0, unscored: 0 };
   for (const { node, token, isRejected } of state.stops) {
     if (isRejected) continue;
     const score = scoreOf(token);
-    const isOver = score >= limit;
-    node.classList.toggle("over", isOver);
+    node.classList.toggle("over", score >= limit);
     if (score === undefined) counts.unscored += 1;
-    if (isOver) counts[token.origin === "prompt" ? "prompt" : "answer"] += 1;
+    else if (score >= limit) counts[token.origin === "prompt" ? "prompt" : "answer"] += 1;
   }
-  const slider = $("threshold");
-  slider.value = limit;
-  slider.setAttribute("aria-valuetext", decimals(limit));
-  $("calibrated").hidden = calibrated() === undefined;
-  $("calibrated").style.setProperty("--at", calibrated() ?? 0);
-  const missing = counts.unscored ? `; ${plural(counts.unscored, "token")} not scored` : "";
-  $("flaggable").textContent = `At ${decimals(limit)}, ${plural(counts.answer, "token")} of the answer and ${counts.prompt} of the prompt would be flagged${missing}.`;
+  $("threshold").value = limit;
+  $("threshold").setAttribute("aria-valuetext", decimals(limit));
+  $("calibrated").hidden = own === undefined;
+  $("calibrated").style.setProperty("--at", own ?? 0);
+  $("flaggable").textContent = `At ${decimals(limit)}, ${plural(counts.answer, "token")} of the answer and ${counts.prompt} of the prompt `
+    + `would be flagged${counts.unscored ? `; ${plural(counts.unscored, "token")} not scored` : ""}.`;
   $("reset").hidden = !state.moved.has(state.metric);
-  $("reset").textContent = calibrated() === undefined ? "Back to 0.50" : `Back to the calibrated ${decimals(calibrated())}`;
-  for (const line of $("strip").querySelectorAll(".limit")) for (const end of ["y1", "y2"]) line.setAttribute(end, 100 * (1 - limit));
+  $("reset").textContent = own === undefined ? "Back to 0.50" : `Back to the calibrated ${decimals(own)}`;
+  for (const end of ["y1", "y2"]) $("strip").querySelector(".limit").setAttribute(end, 100 * (1 - limit));
   markContents();
+  inspect(state.active);
 }
 
 function markContents() {
   data.exchanges.forEach((exchange, index) => {
     const [, highest, over] = $("contents").children[index].firstChild.children;
     const scores = exchange.tokens.map((token) => scoreOf(token)).filter((score) => score !== undefined);
-    const limit = state.moved.get(state.metric) ?? exchange.thresholds?.[state.metric] ?? 0.5;
+    const limit = limitOf(state.metric, exchange);
     const top = scores.reduce((most, score) => Math.max(most, score), 0);
-    highest.replaceChildren(scores.length ? make("span", { class: "chip" }, decimals(top)) : "–");
+    highest.replaceChildren(scores.length ? make("span", { class: "chip" }, decimals(top)) : "not scored");
     highest.style.setProperty("--score", top);
-    over.textContent = scores.length ? scores.filter((score) => score >= limit).length : "–";
+    over.textContent = scores.length ? scores.filter((score) => score >= limit).length : "";
   });
 }
 
 function drawStrip() {
-  const tokens = state.exchange.tokens;
-  const bin = Math.ceil(tokens.length / 600); // one bar for each pixel or so, showing the highest score under it
+  const { tokens } = state.exchange;
+  const bin = Math.ceil(tokens.length / BARS);
   let bars = "", gaps = "";
   for (let at = 0; at < tokens.length; at += bin) {
     const scores = tokens.slice(at, at + bin).map((token) => scoreOf(token));
-    const top = Math.max(...scores.map((score) => score ?? 0));
-    bars += `M${at} 100V${100 * (1 - top)}H${at + bin}V100Z`;
-    if (scores.includes(undefined)) gaps += `M${at} 100V0H${at + bin}V100Z`;
+    bars += `M${at} 100V${100 * (1 - Math.max(...scores.map((score) => score ?? 0)))}h${bin}V100z`;
+    if (scores.includes(undefined)) gaps += `M${at} 100V0h${bin}V100z`;
   }
   const asked = tokens.filter((token) => token.origin === "prompt").length;
   $("strip").setAttribute("viewBox", `0 0 ${tokens.length} 100`);
@@ -249,7 +219,8 @@ function drawStrip() {
     make("line", { class: "limit", x1: 0, x2: tokens.length }),
     make("line", { class: "here", y1: 0, y2: 100, visibility: "hidden" }),
   );
-  $("strip-caption").textContent = `${words(state.metric)} by token: ${asked} of the prompt (shaded), ${tokens.length - asked} of the answer. The dashed line is the threshold.`;
+  $("strip-caption").textContent = `${words(state.metric)}, token by token: ${asked} of the prompt (shaded), `
+    + `${tokens.length - asked} of the answer. The dashed line is the threshold.`;
 }
 
 // ---- One token in the margin ----
@@ -258,161 +229,158 @@ function inspect(stop) {
   state.active?.node.classList.remove("active");
   state.active = stop;
   $("panel").classList.toggle("idle", !stop);
+  const here = $("strip").querySelector(".here");
+  here.setAttribute("visibility", stop ? "visible" : "hidden");
   if (!stop) {
-    $("panel").replaceChildren(make("p", { class: "caption" }, "Point at a token, or tab into the text and step with the arrow keys, to read its scores. A click pins it."));
+    const hint = "Point at a token, or tab into the text and step with the arrow keys, to read its scores. A click pins it.";
+    $("panel").replaceChildren(make("p", { class: "caption" }, hint));
     return;
   }
   stop.node.classList.add("active");
-  const { token, isRejected } = stop;
-  const here = $("strip").querySelector(".here");
-  const at = state.exchange.tokens.findIndex((one) => one.position >= token.position) + 0.5;
-  here?.setAttribute("visibility", at < 0 ? "hidden" : "visible");
-  for (const end of ["x1", "x2"]) here?.setAttribute(end, at);
+  const at = state.exchange.tokens.findIndex(({ position }) => position >= stop.token.position);
+  for (const end of ["x1", "x2"]) here.setAttribute(end, at < 0 ? state.exchange.tokens.length : at + 0.5);
   $("panel").replaceChildren(
-    make("p", { class: "quote" }, make("b", {}, ...glyphs(token.text, false))),
+    make("p", { class: "quote" }, make("b", {}, ...glyphs(stop.token.text, false))),
     make("p", { class: "caption" }, describe(stop)),
-    make("div", { class: "scores" }, make("table", {}, make("tbody", {}, ...state.exchange.metrics.map((metric) => scoreRow(token, metric, isRejected))))),
+    make("ul", { class: "scores" }, ...state.exchange.metrics.map((metric) => scoreLine(stop, metric))),
     ...decisions(stop).map((text) => make("p", { class: "decision" }, text)),
   );
-  if (stop === state.pinned) $("panel").append(make("p", { class: "caption pin" }, "Pinned. ", make("button", { type: "button", class: "link", "data-unpin": "" }, "Let go")));
+  if (stop !== state.pinned) return;
+  $("panel").append(make("p", { class: "caption pin" }, "Pinned. ", make("button", { type: "button", class: "link" }, "Let go")));
 }
 
 function describe({ token, round, isRejected }) {
-  const origins = { prompt: "in the prompt", draft: "drafted, accepted by the target", target: "written by the target" };
-  const written = isRejected ? "drafted, rejected by the target" : origins[token.origin];
+  const origins = { prompt: "in the prompt", draft: "drafted, and accepted by the target", target: "written by the target" };
+  const origin = isRejected ? "drafted, and rejected by the target" : origins[token.origin];
   const turn = round == null || token.origin === "prompt" ? "" : `, round ${round}`;
-  return `Token ${token.position}${turn}: ${written}${token.reader ? `; read by the ${token.reader}` : ""}.`;
+  return `Token ${token.position}${turn}: ${origin}${token.reader ? `; read by the ${token.reader}` : ""}.`;
 }
 
-function scoreRow(token, metric, isRejected) {
+function scoreLine({ token, isRejected }, metric) {
   const score = scoreOf(token, metric);
-  const bar = make("span", { class: score === undefined ? "bar unscored" : "bar" });
+  const bar = make("span", { class: score === undefined ? "bar unscored" : "bar" }, make("i"));
   bar.style.setProperty("--score", score ?? 0);
-  const name = make("th", { scope: "row" }, words(metric), bar);
-  if (score === undefined) name.append(make("span", { class: "reason" }, isRejected ? token.unread : reasonOf(token, metric)));
-  return make("tr", { class: metric === state.metric ? "chosen" : "" }, name, make("td", {}, score === undefined ? "not scored" : score.toFixed(3)));
+  bar.style.setProperty("--limit", limitOf(metric));
+  const line = make("li", { class: metric === state.metric ? "chosen" : "" }, make("span", {}, words(metric)),
+    make("span", { class: "value" }, score === undefined ? "not scored" : score.toFixed(3)), bar);
+  const missing = isRejected ? "the draft never read it" : "no score was recorded";
+  if (score === undefined) line.append(make("span", { class: "reason" }, token.unscored?.[metric] ?? missing));
+  return line;
 }
 
 function decisions({ token, isRejected }) {
-  if (isRejected) return ["Look-ahead only: this token was never part of the answer, and no policy acts on it."];
-  const verdicts = (state.exchange.verdicts ?? []).filter((verdict) => verdict.position === token.position);
-  if (verdicts.length) return verdicts.map(({ action, reason }) => `Verdict: ${action}. ${reason}.`.replace("..", "."));
-  return [scoreOf(token) >= threshold() ? `No verdict; at ${decimals(threshold())} it would be flagged.` : "No verdict."];
+  if (isRejected) return ["Look-ahead only: never part of the answer, and no policy acts on it."];
+  const verdicts = (state.exchange.verdicts ?? []).filter(({ position }) => position === token.position);
+  if (verdicts.length) return verdicts.map(({ action, reason }) => `Verdict: ${action}, because ${reason}.`);
+  const limit = limitOf(state.metric);
+  return [scoreOf(token) >= limit ? `No verdict; at ${decimals(limit)} it would be flagged.` : "No verdict."];
 }
 
-function goTo(stop, { pin = false } = {}) {
-  const previous = $("text").querySelector("[tabindex='0']");
-  previous?.setAttribute("tabindex", "-1");
+function goTo(stop, pins) {
   const score = scoreOf(stop.token);
+  const spoken = `${words(state.metric)} ${score === undefined ? "not scored" : decimals(score)}`;
+  state.tabStop.node.tabIndex = -1;
+  state.tabStop = stop;
   stop.node.tabIndex = 0;
   stop.node.setAttribute("role", "button");
-  stop.node.setAttribute("aria-label", `${JSON.stringify(stop.token.text)}. ${words(state.metric)}: ${score === undefined ? "not scored" : decimals(score)}. ${describe(stop)} ${decisions(stop).join(" ")}`);
-  if (pin) setPin(stop);
+  stop.node.setAttribute("aria-label", [JSON.stringify(stop.token.text), spoken, describe(stop), ...decisions(stop)].join(" "));
+  if (pins) pin(stop);
+  else if (!state.pinned) inspect(stop);
   stop.node.focus({ preventScroll: true });
   const { top, bottom } = stop.node.getBoundingClientRect();
   if (top < 200 || bottom > innerHeight * 0.7) stop.node.scrollIntoView({ block: "center" });
-  if (!state.pinned || pin) inspect(stop);
 }
 
-function setPin(stop) {
+function pin(stop) {
   state.pinned?.node.classList.remove("pinned");
   state.pinned?.node.removeAttribute("aria-pressed");
   state.pinned = stop;
   stop?.node.classList.add("pinned");
   stop?.node.setAttribute("aria-pressed", "true");
-  if (stop) inspect(stop);
+  inspect(stop);
 }
 
 function jumpToMaximum() {
   const scored = state.stops.filter(({ token, isRejected }) => !isRejected && scoreOf(token) !== undefined);
-  if (scored.length) goTo(scored.reduce((most, stop) => (scoreOf(stop.token) > scoreOf(most.token) ? stop : most)), { pin: true });
+  if (scored.length) goTo(scored.reduce((most, stop) => (scoreOf(stop.token) > scoreOf(most.token) ? stop : most)), true);
 }
 
-// ---- Events: one listener each, on the text and the page, however many tokens there are ----
+// ---- Events: listeners on the text and the page, none on a token ----
 
-const stopAt = (target) => state.stops[target.closest?.("[data-stop]")?.dataset.stop];
+const stopAt = (target) => state.stops[target.closest("[data-stop]")?.dataset.stop];
+const on = (id, type, handle) => $(id).addEventListener(type, handle);
 
 function onTextKey(event) {
-  const visible = document.body.classList.contains("drafts") ? state.stops : state.stops.filter((stop) => !stop.isRejected);
-  const current = visible.indexOf(stopAt(event.target));
-  if (current < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
-  const next = { ArrowRight: current + 1, ArrowLeft: current - 1, Home: 0, End: visible.length - 1 }[event.key];
-  if (next !== undefined && visible[next]) goTo(visible[next], { pin: state.pinned !== null });
-  else if (event.key === "Enter" || event.key === " ") setPin(state.pinned === visible[current] ? null : visible[current]);
+  const stops = $("drafts").checked ? state.stops : state.stops.filter((stop) => !stop.isRejected);
+  const at = stops.indexOf(stopAt(event.target));
+  if (at < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
+  const next = stops[{ ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: stops.length - 1 }[event.key]];
+  if (next) goTo(next, state.pinned !== null);
+  else if (event.key === "Enter" || event.key === " ") pin(state.pinned === stops[at] ? null : stops[at]);
   else return;
   event.preventDefault();
 }
 
 function onPageKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select, input[type=text]")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select")) return;
   if (event.key === "m") jumpToMaximum();
   else if (event.key === "d") $("drafts").click();
-  else if (event.key === "Escape") release();
+  else if (event.key === "Escape") pin(null);
 }
 
-function release() {
-  setPin(null);
-  inspect(null);
+function onTextClick({ target }) {
+  const stop = stopAt(target);
+  if (!stop || !getSelection().isCollapsed) return; // text is being selected
+  if (stop === state.pinned) pin(null);
+  else goTo(stop, true);
+}
+
+function onStripClick({ clientX }) {
+  const { left, width } = $("strip").getBoundingClientRect();
+  const { tokens } = state.exchange;
+  const at = Math.floor((clientX - left) / width * tokens.length);
+  goTo(state.byPosition.get(tokens[Math.min(tokens.length - 1, Math.max(0, at))].position), true);
 }
 
 function exportJson() {
-  const link = make("a", { href: URL.createObjectURL(new Blob([JSON.stringify(data, null, 2)], { type: "application/json" })), download: "pilotfish.json" });
-  link.click();
-  URL.revokeObjectURL(link.href);
-}
-
-function listen() {
-  $("theme").addEventListener("change", (event) => chooseTheme(event.target.value));
-  $("contents").addEventListener("click", (event) => {
-    const item = event.target.closest("li");
-    if (item) showExchange([...$("contents").children].indexOf(item));
-  });
-  $("metric").addEventListener("change", (event) => { state.metric = event.target.value; paint(); inspect(state.active); });
-  $("drafts").addEventListener("change", (event) => document.body.classList.toggle("drafts", event.target.checked));
-  $("threshold").addEventListener("input", (event) => { state.moved.set(state.metric, Number(event.target.value)); mark(); inspect(state.active); });
-  $("reset").addEventListener("click", () => { state.moved.delete(state.metric); mark(); inspect(state.active); });
-  $("jump").addEventListener("click", jumpToMaximum);
-  $("export").addEventListener("click", exportJson);
-  $("verdicts").addEventListener("click", (event) => {
-    const position = event.target.dataset.position;
-    if (position) goTo(state.byPosition.get(Number(position)), { pin: true });
-  });
-  $("panel").addEventListener("click", (event) => { if ("unpin" in event.target.dataset) release(); });
-  $("strip").addEventListener("click", (event) => {
-    const box = $("strip").getBoundingClientRect();
-    const tokens = state.exchange.tokens;
-    const at = Math.min(tokens.length - 1, Math.max(0, Math.floor((event.clientX - box.left) / box.width * tokens.length)));
-    goTo(state.byPosition.get(tokens[at].position), { pin: true });
-  });
-  $("text").addEventListener("pointerover", (event) => {
-    const stop = stopAt(event.target);
-    if (stop && !state.pinned && event.pointerType !== "touch") inspect(stop);
-  });
-  $("text").addEventListener("focusin", (event) => { if (!state.pinned && stopAt(event.target) !== state.active) goTo(stopAt(event.target)); });
-  $("text").addEventListener("click", (event) => {
-    const stop = stopAt(event.target);
-    if (!stop) return;
-    if (stop === state.pinned) release();
-    else goTo(stop, { pin: true });
-  });
-  $("text").addEventListener("keydown", onTextKey);
-  document.addEventListener("keydown", onPageKey);
+  const url = URL.createObjectURL(new Blob([JSON.stringify(data, null, 2)], { type: "application/json" }));
+  make("a", { href: url, download: "pilotfish.json" }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
 }
 
 function setTax({ columns, rows, note }) {
-  const isNumber = columns.map((_, column) => rows.length > 0 && rows.every((row) => /^[-+−±<>≤≥]?\s*[\d.–-]/.test(String(row[column]))));
-  const cells = (tag, row) => row.map((cell, column) => make(tag, { class: isNumber[column] ? "number" : "", ...(tag === "th" && { scope: "col" }) }, String(cell)));
-  $("tax-table").replaceChildren(make("thead", {}, make("tr", {}, ...cells("th", columns))), make("tbody", {}, ...rows.map((row) => make("tr", {}, ...cells("td", row)))));
+  const isNumber = columns.map((_, at) => rows.every((row) => /^[-+−±<>≤≥\d.,\s–%×[\]]*$/.test(row[at])));
+  const places = columns.map((_, at) => Math.max(...rows.map((row) => (`${row[at]}`.split(".")[1] ?? "").length)));
+  const show = (cell, at) => (typeof cell === "number" ? cell.toFixed(places[at]) : cell);
+  const line = (tag, row) => make("tr", {}, ...row.map((cell, at) => make(tag, { class: isNumber[at] ? "number" : "" }, show(cell, at))));
+  $("tax-table").replaceChildren(make("thead", {}, line("th", columns)), make("tbody", {}, ...rows.map((row) => line("td", row))));
   $("tax-note").textContent = note ?? "";
   $("tax").hidden = false;
 }
 
-document.addEventListener("DOMContentLoaded", () => {
-  data = JSON.parse($("data").textContent);
-  $("contents").append(...data.exchanges.map((exchange, index) => make("li", {}, make("button", { type: "button" },
-    make("span", { class: "entry" }, `${index + 1}`, make("span", { class: "name" }, exchange.title)), make("span"), make("span")))));
-  listen();
-  applyTheme();
-  if (data.tax) setTax(data.tax);
-  showExchange(0);
+$("contents").append(...data.exchanges.map(({ title }, index) => make("li", {}, make("button", { type: "button" },
+  make("span", { class: "entry" }, `${index + 1}`, make("span", { class: "name" }, title)), make("span"), make("span")))));
+if (data.tax) setTax(data.tax);
+showExchange(0);
+document.body.classList.toggle("drafts", $("drafts").checked); // browsers restore it on reload
+
+on("contents", "click", ({ target }) => {
+  const item = target.closest("li");
+  if (item) showExchange([...$("contents").children].indexOf(item));
 });
+on("metric", "change", ({ target }) => { state.metric = target.value; paint(); });
+on("threshold", "input", ({ target }) => { state.moved.set(state.metric, Number(target.value)); mark(); });
+on("reset", "click", () => { state.moved.delete(state.metric); mark(); });
+on("drafts", "change", ({ target }) => document.body.classList.toggle("drafts", target.checked));
+on("jump", "click", jumpToMaximum);
+on("verdicts", "click", ({ target: { dataset } }) => { if (dataset.position) goTo(state.byPosition.get(Number(dataset.position)), true); });
+on("panel", "click", ({ target }) => { if (target.matches("button")) pin(null); });
+on("strip", "click", onStripClick);
+on("export", "click", exportJson);
+on("text", "click", onTextClick);
+on("text", "keydown", onTextKey);
+on("text", "focusin", ({ target }) => { if (!state.pinned && stopAt(target) !== state.active) goTo(stopAt(target), false); });
+on("text", "pointerover", ({ target, pointerType }) => {
+  if (stopAt(target) && !state.pinned && pointerType !== "touch") inspect(stopAt(target));
+});
+document.addEventListener("keydown", onPageKey);

@@ -19,17 +19,23 @@ from pilotfish.runs import write_text
 TITLE = "Every token, scored"
 
 
-def write_page(path: Path, exchanges: Sequence[Mapping[str, Any]], *, title: str = TITLE, tax: Mapping[str, Any] | None = None) -> Path:
+def write_page(
+    path: Path, exchanges: Sequence[Mapping[str, Any]], *, title: str = TITLE, tax: Mapping[str, Any] | None = None
+) -> Path:
     """Writes the token page, atomically; arguments and errors as for `render_page`."""
     write_text(path, render_page(exchanges, title=title, tax=tax))
     return path
 
 
-def render_page(exchanges: Sequence[Mapping[str, Any]], *, title: str = TITLE, tax: Mapping[str, Any] | None = None) -> str:
+def render_page(
+    exchanges: Sequence[Mapping[str, Any]], *, title: str = TITLE, tax: Mapping[str, Any] | None = None
+) -> str:
     """Sets exchanges as a page of text coloured by score.
 
     Args:
-        exchanges: what an engine's `to_json` gives, one for each prompt and its answer.
+        exchanges: one for each prompt and its answer, as JSON: `title`, `metrics` and `tokens` (each with `position`,
+            `text`, `origin`, and `scores` or the reasons why it is `unscored`); where there are any, also `thresholds`,
+            `rounds` of drafted tokens, `verdicts` and `stats`.
         tax: the tax table, `{"columns": [...], "rows": [[...]], "note": "..."}`, shown below the text.
 
     Raises:
@@ -41,21 +47,16 @@ def render_page(exchanges: Sequence[Mapping[str, Any]], *, title: str = TITLE, t
         check_exchange(exchange, f"exchange {index + 1}")
     if tax is not None:
         check_table(tax, "tax table")
-    style, script = _asset("page.css"), _asset("page.js")
     parts = {
-        "title": html.escape(title),
-        "style": style,
-        "style_hash": _hash(style),
-        "script": script,
-        "script_hash": _hash(script),
+        "title": html.escape(title).encode("ascii", "xmlcharrefreplace").decode(),
         "data": _json_for_html({"title": title, "exchanges": exchanges, "tax": tax}),
     }
+    for name, asset in (("style", "page.css"), ("theme", "theme.js"), ("script", "page.js")):
+        parts[name] = resources.files("pilotfish.reports").joinpath(asset).read_text(encoding="utf-8")
+        parts[f"{name}_hash"] = _hash(parts[name])
+    template = resources.files("pilotfish.reports").joinpath("page.html").read_text(encoding="utf-8")
     # One pass over the template alone: a placeholder inside a model's text stays text.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
-
-
-def _asset(name: str) -> str:
-    return resources.files("pilotfish.reports").joinpath(name).read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
 def _hash(source: str) -> str:
@@ -68,5 +69,7 @@ def _json_for_html(value: object) -> str:
     try:
         text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
-        raise SettingError(f"the page's data is not JSON ({error}); give text, finite numbers, lists and objects only") from error
+        raise SettingError(
+            f"the page's data is not JSON ({error}); give text, finite numbers, lists and objects only"
+        ) from error
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
-from pilotfish.core import Conversation, Message, Span
+from pilotfish.core import ROLES, Conversation, Message, Role, Span
 from pilotfish.errors import TextError
 from pilotfish.runs import write_text
 
@@ -16,8 +17,9 @@ SPAN_KEYS = ("start", "end", "label", "metric", "head", "message")
 
 
 def read_jsonl(path: Path) -> list[Conversation]:
-    """Reads one conversation a line: `id`, then `messages` (role, content) or `prompt` and `response`; the rest is optional.
+    """Reads one conversation a line: `id`, and `messages` (role, content) or `prompt` and `response`.
 
+    The other keys may be left out.
     A span has `start`, `end` (characters of one message, end exclusive), `metric` (or `head`), and may have `label`
     (default 1) and `message` (an index, default the last message). `group` names the source document, default the id.
 
@@ -196,7 +198,9 @@ def _messages(row: dict[str, object], where: str) -> tuple[Message, ...]:
 def _message(item: dict[str, object], where: str) -> Message:
     _check_keys(item, MESSAGE_KEYS, where)
     role = as_text(item, "role", where)
-    return Message(role, as_text(item, "content", where))  # type: ignore[arg-type]  # Message checks the role
+    if role not in ROLES:
+        raise TextError(f"{where}: role {role!r} is unknown; use one of {', '.join(ROLES)}")
+    return Message(cast(Role, role), as_text(item, "content", where))
 
 
 def _span(item: dict[str, object], where: str, num_messages: int) -> Span:

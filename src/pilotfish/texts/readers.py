@@ -12,10 +12,10 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Literal, get_args
+from typing import Literal
 
 from pilotfish.core import Conversation, Message, Span
-from pilotfish.errors import SettingError, TextError
+from pilotfish.errors import TextError
 from pilotfish.texts.conversations import as_index, as_list, as_object, as_text, json_lines, parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
@@ -27,13 +27,11 @@ SVEN = "eth-sri/sven"
 CYBERSECEVAL = "meta-llama/PurpleLlama CybersecurityBenchmarks"
 HALUEVAL = "RUCAIBox/HaluEval"
 
-SvenSplit = Literal["train", "val"]
-
 _LANGUAGES = {"py": "Python", "c": "C", "h": "C", "cc": "C++", "cpp": "C++", "C": "C++"}
 _WORD = re.compile(r"\w")
 
 
-def read_sven(folder: Path, split: SvenSplit) -> list[Conversation]:
+def read_sven(folder: Path, split: Literal["train", "val"]) -> list[Conversation]:
     """Reads functions before and after a security fix, two conversations each, from `folder/SPLIT/cwe-*.jsonl`.
 
     The folder is data_train_val of eth-sri/sven. The version before the fix has a span of `insecure_code` on every line
@@ -45,10 +43,7 @@ def read_sven(folder: Path, split: SvenSplit) -> list[Conversation]:
 
     Raises:
         TextError: no such files, or a row that is not of that form.
-        SettingError: another split.
     """
-    if split not in get_args(SvenSplit):
-        raise SettingError(f"SVEN has no split {split!r}; use {' or '.join(get_args(SvenSplit))}")
     paths = sorted((folder / split).glob("cwe-*.jsonl"))
     if not paths:
         raise TextError(f"{folder / split}: no files cwe-*.jsonl; give the folder data_train_val of eth-sri/sven")

@@ -19,9 +19,9 @@ def split(
 ) -> dict[str, list[Conversation]]:
     """Divides conversations so that every group, and every text that stands in several groups, is on one side.
 
-    Groups that share a text (forks, copies) are first joined. They are then taken in an order drawn from the seed, each
-    going to the split that is furthest below its fraction of the rows, so a group larger than a small split goes to a
-    large one. The order of the conversations does not change who goes where.
+    Groups that share a text (forks, copies) are first joined. They are then taken in an order drawn from the seed, the
+    ones larger than the smallest split first, each going to the split with the most room left. The order of the
+    conversations does not change who goes where.
 
     Returns:
         The rows of each split, in the order given.
@@ -38,7 +38,12 @@ def split(
         sizes[joined[conversation.group]] += 1
     room = {name: fraction * len(conversations) for name, fraction in fractions.items()}
     chosen: dict[str, str] = {}
-    for root in sorted(sizes, key=lambda root: hashlib.sha256(f"{seed}/{root}".encode()).digest()):
+    smallest = min(room.values())
+
+    def turn(root: str) -> tuple[bool, bytes]:
+        return sizes[root] <= smallest, hashlib.sha256(f"{seed}/{root}".encode("utf-8", "surrogatepass")).digest()
+
+    for root in sorted(sizes, key=turn):
         name = max(room, key=lambda name: room[name])
         chosen[root] = name
         room[name] -= sizes[root]
@@ -70,7 +75,7 @@ def check_leak(splits: Mapping[str, Sequence[Conversation]]) -> None:
                     what = f"{kind} {key!r}" if kind == "the group" else kind
                     raise LeakError(
                         f"{what} of conversation {conversation.id!r} in split {name!r} also stands in split "
-                        f"{other_name!r} (conversation {other_id!r}); put both on one side: pool the rows and use `split`"
+                        f"{other_name!r} (conversation {other_id!r}); pool the rows and use `split`"
                     )
 
 

@@ -112,9 +112,9 @@ def render(
         kept = next((k for k in _trimmed(message.content) if _continues(text, position, k + piece, is_last)), None)
         if kept is None or not is_known:
             raise TextError(
-                f"{name}: the chat template of this tokenizer changes message {len(starts)} ({message.role}) by more than "
-                "trimming its ends, so labels cannot be placed; give the content in the form that the template writes, "
-                "or use another template"
+                f"{name}: the chat template of this tokenizer changes message {len(starts)} ({message.role}) by more "
+                "than trimming its ends, so labels cannot be placed; give the content as the template writes it, or "
+                "use another template"
             )
         starts.append(position)
         lengths.append(len(kept))
@@ -142,13 +142,7 @@ def encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> Encoded:
         return_attention_mask=False,
         verbose=False,
     )
-    offsets, covered = [], 0
-    for start, end in encoding["offset_mapping"]:
-        if end > covered:
-            start = min(start, covered)  # some tokenizers leave the space before a word out of the word's range
-        offsets.append((start, end))
-        covered = max(covered, end)
-    return Encoded(list(encoding["input_ids"]), offsets)
+    return Encoded(list(encoding["input_ids"]), _without_gaps(rendered.text, encoding["offset_mapping"]))
 
 
 def tokenize(
@@ -244,6 +238,37 @@ def _trimmed(content: str) -> list[str]:
 
 def _continues(text: str, position: int, expected: str, is_last: bool) -> bool:
     return text.startswith(expected, position) and (not is_last or position + len(expected) == len(text))
+
+
+def _without_gaps(text: str, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Gives the characters that a tokenizer leaves out of its ranges to a neighbour.
+
+    Those are spaces, which belong to the word that follows, and marks that were composed with the letter before them.
+    """
+    offsets: list[tuple[int, int]] = []
+    covered = 0
+    for start, end in ranges:
+        if end > covered:
+            if start > covered:
+                start = _give_marks(text[covered:start], offsets, covered)
+            covered = end
+        offsets.append((start, end))
+    _give_marks(text[covered:], offsets, covered)
+    return offsets
+
+
+def _give_marks(gap: str, offsets: list[tuple[int, int]], covered: int) -> int:
+    """Lengthens the tokens that end at `covered` by what precedes the gap's first space; returns where they end now."""
+    edge = covered + next((index for index, character in enumerate(gap) if character.isspace()), len(gap))
+    given = covered
+    for index in reversed(range(len(offsets))):
+        start, end = offsets[index]
+        if start < end != covered:
+            break
+        if start < end:
+            offsets[index] = (start, edge)
+            given = edge
+    return given
 
 
 def _message_of_tokens(rendered: Rendered, offsets: Sequence[tuple[int, int]]) -> list[int]:

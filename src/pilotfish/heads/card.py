@@ -1,0 +1,102 @@
+"""What a bank says of itself, as plain data: made for what, from what, how good, and what it is not for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pilotfish.errors import ArtefactError
+from pilotfish.models import Identity
+from pilotfish.runs import write_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A number with its interval."""
+
+    value: float
+    low: float
+    high: float
+    """Ends of the 95 % interval."""
+    n: int
+    """Independent groups (source documents) that the interval resamples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThresholdCard:
+    """Where a metric counts as found, and what that promises."""
+
+    threshold: float
+    """Probability."""
+    budget: float
+    """Share of benign responses that may be flagged."""
+    num_benign: int
+    num_flagged: int
+    fpr_upper: float
+    """One-sided 95 % Clopper-Pearson bound on the share flagged."""
+    benign_source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataCard:
+    source: str
+    license: str
+    num_rows: int
+    num_tokens: int
+    role: str
+    """train, validation, test or benign."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """The JSON beside a bank's weights; an unknown or missing key is refused on reading."""
+
+    identity: Identity
+    """The one model that the heads were made for."""
+    sites: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Metric to the sites that its head reads."""
+    weights_sha256: str = ""
+    data: tuple[DataCard, ...] = ()
+    metrics: Mapping[str, Measured] = field(default_factory=dict)
+    """Name of a figure (`insecure_code/auroc_token`, …) on held-out data."""
+    baselines: Mapping[str, Measured] = field(default_factory=dict)
+    """The same figures of the baselines."""
+    thresholds: Mapping[str, ThresholdCard] = field(default_factory=dict)
+    better_than_words: Mapping[str, bool] = field(default_factory=dict)
+    """Metric to whether the head beats TF-IDF: the interval of the difference lies above 0."""
+    not_for: str = ""
+    """What must not be concluded from a score."""
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """Command, settings, versions and seed that made it."""
+
+    def save(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Card:
+        """Raises `ArtefactError` when the file is missing, is not JSON, or has unknown or missing keys."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ArtefactError(f"{path} cannot be read: {error.strerror}; a bank is heads.safetensors with card.json") from error
+        except ValueError as error:
+            raise ArtefactError(f"{path} is not JSON: {error}; copy the bank again") from error
+        raw = _checked(cls, raw, path)
+        raw["identity"] = Identity(**_checked(Identity, raw["identity"], path))
+        raw["sites"] = {metric: tuple(sites) for metric, sites in raw["sites"].items()}
+        raw["data"] = tuple(DataCard(**_checked(DataCard, row, path)) for row in raw["data"])
+        for name, kind in (("metrics", Measured), ("baselines", Measured), ("thresholds", ThresholdCard)):
+            raw[name] = {key: kind(**_checked(kind, value, path)) for key, value in raw[name].items()}
+        return cls(**raw)
+
+
+def _checked(kind: type[Any], raw: Any, path: Path) -> dict[str, Any]:
+    names = {item.name for item in fields(kind)}
+    if not isinstance(raw, dict) or raw.keys() != names:
+        given = set(raw) if isinstance(raw, dict) else set()
+        wrong = ", ".join(sorted(given ^ names)) or type(raw).__name__
+        raise ArtefactError(f"{path}: unknown or missing keys for {kind.__name__}: {wrong}; written by another version of Pilotfish?")
+    return dict(raw)

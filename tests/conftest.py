@@ -1,0 +1,35 @@
+"""Small real objects that several test modules share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pilotfish.heads import HeadBank, LinearHead
+from pilotfish.models import Pair, evenly_spaced_sites, tiny_pair
+
+
+@pytest.fixture(scope="session")
+def pair() -> Pair:
+    """A tiny target with a draft that agrees with it now and then; float32."""
+    return tiny_pair(seed=0)
+
+
+@pytest.fixture(scope="session")
+def bank(pair: Pair) -> HeadBank:
+    """Two heads with seeded weights on the draft, one of them on fewer sites; thresholds 0.5."""
+    return seeded_bank(pair, reader="draft")
+
+
+def seeded_bank(pair: Pair, *, reader: str, threshold: float = 0.5) -> HeadBank:
+    """Heads with weights large enough that scores spread over (0, 1)."""
+    model, identity = (pair.draft, pair.draft_identity) if reader == "draft" else (pair.target, pair.target_identity)
+    random = torch.Generator().manual_seed(1)
+    sites = evenly_spaced_sites(model, 3)
+    size = identity.hidden_size
+
+    def head(metric: str, count: int) -> LinearHead:
+        weight = torch.randn(count * size, generator=random) / (count * size) ** 0.5
+        return LinearHead(metric, sites[-count:], weight, 0.1)
+
+    return HeadBank([head("wide", 3), head("narrow", 1)], identity, thresholds={"wide": threshold, "narrow": threshold})
