@@ -8,6 +8,8 @@ import torch
 from pilotfish.heads import HeadBank, LinearHead
 from pilotfish.models import Pair, evenly_spaced_sites, tiny_pair
 
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
 
 @pytest.fixture(scope="session")
 def pair() -> Pair:

@@ -14,7 +14,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from pilotfish.core import Conversation, Message, Span
 from pilotfish.errors import SettingError, TextError
 from pilotfish.models.tiny import tiny_tokenizer
-from pilotfish.texts import TEMPLATE, TokenizedText, encode, render, tokenize
+from pilotfish.texts import TokenizedText, encode, render, tokenize
+from pilotfish.texts.tokens import TEMPLATE
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 TRIMMING = CHAT.replace("m.content", "m.content | trim")
@@ -246,6 +247,15 @@ def test_a_token_that_reaches_over_the_edge_of_a_span_is_labelled() -> None:
     assert labelled_text(tokens) == "x)"
     tokens = tokenize(exchange("f(z);\ny", (3, 4)), greedy_tokenizer())
     assert labelled_text(tokens) == ");\n"
+
+
+def test_a_token_of_two_contents_belongs_to_the_first_and_takes_the_labels_of_both() -> None:
+    tokenizer = greedy_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokens = tokenize(exchange(";y", (0, 1), prompt="z)"), tokenizer)
+    assert [tokens.text[start:end] for start, end in tokens.offsets] == ["z", ");", "y"]
+    assert tokens.messages == [0, 0, 1]
+    assert tokens.labels["m"][1:] == [1.0, 0.0]
 
 
 def test_a_span_over_composed_characters_covers_both_of_their_code_points() -> None:

@@ -31,22 +31,26 @@ class Drafting:
     """Tokens drafted a round; `auto` adapts it to what is accepted, 0 turns speculation off."""
     max_length: int = 8
     """Upper bound of `auto`."""
+    step_cost: float | Literal["auto"] = "auto"
+    """Time of a draft step over that of a target step; `auto` takes the ratio of the weights that each reads."""
 
     def __post_init__(self) -> None:
         if self.length != "auto" and not 0 <= self.length <= 64:
             raise SettingError(f"draft length {self.length} is not allowed; give 0 (off) to 64, or auto")
         if not 1 <= self.max_length <= 64:
             raise SettingError(f"longest draft {self.max_length} is not allowed; give 1 to 64")
+        if self.step_cost != "auto" and not 0.0 < self.step_cost < 1.0:
+            raise SettingError(f"step cost {self.step_cost} is not allowed; give a share of a target step in (0, 1), or auto")
 
 
 class DraftLength:
     """Decides before each draft step of one generation whether it is taken."""
 
-    def __init__(self, drafting: Drafting, draft_cost: float) -> None:
-        """`draft_cost`: time of a draft step over time of a target step, in (0, 1)."""
+    def __init__(self, drafting: Drafting, weight_ratio: float) -> None:
+        """`weight_ratio`: weights of the draft over those of the target, the step cost where none is given."""
         self._fixed = None if drafting.length == "auto" else drafting.length
         self._longest = drafting.max_length if self._fixed is None else self._fixed
-        self._draft_cost = draft_cost
+        self._step_cost = weight_ratio if drafting.step_cost == "auto" else drafting.step_cost
         self._trials = PRIOR_TRIALS
         self._accepted = PRIOR_TRIALS * PRIOR_ACCEPTANCE
         self._pause = 0
@@ -58,9 +62,14 @@ class DraftLength:
         return self._accepted / self._trials
 
     @property
+    def is_off(self) -> bool:
+        """Whether the user turned speculation off."""
+        return self._longest == 0
+
+    @property
     def is_paused(self) -> bool:
         """Whether this round is decoded by the target alone."""
-        return self._longest == 0 or self._pause > 0
+        return self.is_off or self._pause > 0
 
     def wants_more(self, num_drafted: int, confidence: float) -> bool:
         """Whether one more draft step pays, after `num_drafted` tokens whose joint probability under the draft is
@@ -70,7 +79,7 @@ class DraftLength:
             return False
         if self._fixed is not None or num_drafted == 0:
             return True
-        return confidence * self.acceptance > self._draft_cost
+        return confidence * self.acceptance > self._step_cost
 
     def observe(self, num_drafted: int, num_accepted: int) -> None:
         """Learns from one round; a paused round (nothing drafted) only counts the pause down."""
@@ -82,11 +91,11 @@ class DraftLength:
         self._accepted = MEMORY * self._accepted + num_accepted
         if self._fixed is not None:
             return
-        if self.acceptance < self._draft_cost:
+        if self.acceptance < self._step_cost:
             self._pause, self._next_pause = self._next_pause, 2 * self._next_pause
             self._trials, self._accepted = (
                 PRIOR_TRIALS,
-                PRIOR_TRIALS * self._draft_cost,
+                PRIOR_TRIALS * self._step_cost,
             )  # the next try starts undecided
         elif num_accepted == num_drafted:
             self._next_pause = FIRST_PAUSE

@@ -47,7 +47,7 @@ from pilotfish.errors import BankMismatch, GenerationError, SettingError
 from pilotfish.heads import HeadBank
 from pilotfish.models import Identity, Pair
 from pilotfish.runs import generator
-from pilotfish.texts import render
+from pilotfish.texts import encode, render
 
 CATCH_UP = 16
 """While speculation is paused, the draft reads for the scores alone each time this many tokens wait."""
@@ -91,7 +91,7 @@ class EmbeddedEngine:
             self.banks[reader] = bank
         both = [model for model in (pair.target, pair.draft) if model is not None]
         self.max_tokens = min(model.config.max_position_embeddings for model in both)
-        self.draft_cost = _num_weights(pair.draft) / _num_weights(pair.target) if pair.draft is not None else 1.0
+        self.weight_ratio = _num_weights(pair.draft) / _num_weights(pair.target) if pair.draft is not None else 1.0
 
     def _reader_of(self, bank: HeadBank) -> Reader:
         problems = []
@@ -133,7 +133,7 @@ class EmbeddedEngine:
         if not any(message.content.strip() for message in messages):
             raise GenerationError("the prompt is empty; give at least one message with text")
         rendered = render(messages, self.pair.tokenizer, add_generation_prompt=True)
-        ids: list[int] = self.pair.tokenizer(rendered.text, add_special_tokens=not rendered.templated)["input_ids"]
+        ids = encode(rendered, self.pair.tokenizer).token_ids
         if len(ids) + request.max_new_tokens > self.max_tokens:
             raise GenerationError(
                 f"the prompt has {len(ids):,} tokens and the answer may have {request.max_new_tokens:,}; together at "
@@ -161,7 +161,7 @@ class Stream(Iterator[Event]):
         self._bank_of = banks
         self._target = CachedModel(pair.target, "target", banks.get("target"))
         self._draft = CachedModel(pair.draft, "draft", banks.get("draft")) if pair.draft is not None else None
-        self._length = DraftLength(engine.drafting, engine.draft_cost)
+        self._length = DraftLength(engine.drafting, engine.weight_ratio)
         self._text = TextStream(pair.tokenizer, request.stop)
         self._ids = list(ids)
         self._draft_random = generator(request.seed, "draft")
@@ -378,12 +378,13 @@ class Stream(Iterator[Event]):
         if not paused:
             self.generation.notes.append(f"token {position}: speculation is tried again")
             return
+        why = "speculation is off" if self._length.is_off else "speculation does not pay and is paused"
         scorer = "nobody scores: no bank is loaded"
         if "target" in self._bank_of:
             scorer = "the heads on the target's own states score"
         elif "draft" in self._bank_of:
             scorer = "the draft reads on for the scores alone, which costs extra"
-        self.generation.notes.append(f"token {position}: speculation does not pay and is paused; {scorer}")
+        self.generation.notes.append(f"token {position}: {why}; {scorer}")
 
 
 def _num_weights(model: PreTrainedModel) -> int:

@@ -21,7 +21,7 @@ from pilotfish.engines.records import TokenEvent
 from pilotfish.heads import HeadBank, LinearHead
 from pilotfish.models import Pair, evenly_spaced_sites
 from pilotfish.runs import progress
-from pilotfish.texts import render
+from pilotfish.texts import encode, render
 
 Arm = Callable[[str], int]
 """Answers a prompt; returns the number of generated tokens."""
@@ -122,11 +122,10 @@ def _transformers(pair: Pair, setting: TaxSetting) -> Arm:
 
     def arm(prompt: str) -> int:
         rendered = render((Message("user", prompt),), pair.tokenizer, add_generation_prompt=True)
-        inputs = pair.tokenizer(rendered.text, add_special_tokens=not rendered.templated, return_tensors="pt")
-        inputs = inputs.to(pair.target.device)
+        ids = torch.tensor([encode(rendered, pair.tokenizer).token_ids], device=pair.target.device)
         with torch.inference_mode():
-            output = pair.target.generate(**inputs, **options)  # type: ignore[operator]
-        return int(output.shape[1] - inputs["input_ids"].shape[1])
+            output = pair.target.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
+        return int(output.shape[1] - ids.shape[1])
 
     return arm
 

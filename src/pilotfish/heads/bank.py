@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from pilotfish.core import Site
@@ -25,7 +25,7 @@ CARD_FILE = "card.json"
 
 
 class HeadBank:
-    """All heads of one model; state a sequence: none, so a token costs one matrix-vector product whatever the text's length."""
+    """All heads of one model. They keep no state: a token costs one matrix-vector product, however long the text."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class HeadBank:
         thresholds: Mapping[str, float] | None = None,
         card: Card | None = None,
     ) -> None:
-        """`thresholds`: probability from which on a metric counts as found; a card brings its own.
+        """`thresholds`: probability from which on a metric counts as found, instead of the card's; they are not saved.
 
         Raises:
             BankMismatch: a head was made for another hidden size, or reads a layer that the model has not.
@@ -45,7 +45,11 @@ class HeadBank:
         self.metrics = tuple(head.metric for head in heads)
         self.identity = identity
         self.card = card or Card(identity=identity)
-        self.thresholds = dict(thresholds or {m: t.threshold for m, t in self.card.thresholds.items()})
+        self.thresholds = (
+            {metric: limit.threshold for metric, limit in self.card.thresholds.items()}
+            if thresholds is None
+            else dict(thresholds)
+        )
         if not heads or len(set(self.metrics)) != len(heads):
             raise SettingError(f"a bank needs at least one head and one a metric; given were {list(self.metrics)}")
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(site for head in heads for site in head.sites))
@@ -63,7 +67,8 @@ class HeadBank:
         deepest = max(site.layer for site in head.sites)
         if deepest >= self.identity.num_layers:
             raise BankMismatch(
-                f"head {head.metric!r} reads layer {deepest}, {self.identity.name} has {self.identity.num_layers} layers"
+                f"head {head.metric!r} reads layer {deepest}, {self.identity.name} has {self.identity.num_layers} "
+                "layers; fit it on this model"
             )
 
     def _widened(self, head: LinearHead) -> Float[Tensor, " feature"]:
@@ -97,7 +102,7 @@ class HeadBank:
             raise SettingError(f"metric {unknown[0]!r} has no head; there are {', '.join(self.metrics)}")
         heads = [self.heads[self.metrics.index(metric)] for metric in metrics]
         kept = {metric: value for metric, value in self.thresholds.items() if metric in metrics}
-        return HeadBank(heads, self.identity, thresholds=kept, card=self.card)
+        return HeadBank(heads, self.identity, thresholds=kept, card=self.card.subset(metrics))
 
     def check(self, identity: Identity) -> None:
         """Refuses any other model than the one that the bank was made for; the name alone may differ.
@@ -109,13 +114,14 @@ class HeadBank:
         differing = [name for name in names if getattr(self.identity, name) != getattr(identity, name)]
         if differing:
             raise BankMismatch(
-                f"the bank for {', '.join(self.metrics)} was made for {self.identity.name}, not for {identity.name}: other "
-                f"{', '.join(name.replace('_', ' ') for name in differing)}. Fit a bank on this model, or load the one it was made for"
+                f"the bank for {', '.join(self.metrics)} was made for {self.identity.name}, not for {identity.name}: "
+                f"other {', '.join(name.replace('_', ' ') for name in differing)}. Fit a bank on this model, or load "
+                "the model that it was made for"
             )
 
     def save(self, folder: Path) -> Path:
         """Writes `heads.safetensors` and `card.json`; the card holds the tensors' hash, and is written last."""
-        tensors = {f"{head.metric}.weight": head.weight.float().contiguous() for head in self.heads}
+        tensors = {f"{head.metric}.weight": head.weight.float().cpu().contiguous() for head in self.heads}
         tensors |= {f"{head.metric}.bias": torch.tensor([head.bias], dtype=torch.float64) for head in self.heads}
         data = save(tensors)
         with atomic_path(folder / WEIGHTS_FILE) as temporary:
@@ -138,15 +144,24 @@ class HeadBank:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise ArtefactError(f"{path} cannot be read: {error.strerror}; a bank is heads.safetensors with card.json") from error
+            raise ArtefactError(
+                f"{path} cannot be read: {error.strerror}; a bank is heads.safetensors with card.json"
+            ) from error
         if hashlib.sha256(data).hexdigest() != card.weights_sha256:
-            raise ArtefactError(f"{path} is not what its card describes (another SHA-256): cut, changed or mixed up; copy both files again")
+            raise ArtefactError(
+                f"{path} is not what its card describes (another SHA-256): cut, changed or mixed up; copy both files "
+                "again"
+            )
         try:
-            with safe_open(path, "pt") as file:
-                heads = [
-                    LinearHead(metric, tuple(map(Site.parse, sites)), file.get_tensor(f"{metric}.weight"), file.get_tensor(f"{metric}.bias").item())
-                    for metric, sites in card.sites.items()
-                ]
+            tensors = load(data)
         except SafetensorError as error:
-            raise ArtefactError(f"{path} lacks a head that its card names: {error}; fit the bank again") from error
+            raise ArtefactError(f"{path} is not a safetensors file: {error}; copy the bank again") from error
+        heads = [_head(tensors, metric, sites, path) for metric, sites in card.sites.items()]
         return cls(heads, card.identity, card=card)
+
+
+def _head(tensors: Mapping[str, Tensor], metric: str, sites: Sequence[str], path: Path) -> LinearHead:
+    weight, bias = tensors.get(f"{metric}.weight"), tensors.get(f"{metric}.bias")
+    if weight is None or bias is None or bias.numel() != 1:
+        raise ArtefactError(f"{path} lacks the weights of head {metric!r} that its card names; fit the bank again")
+    return LinearHead(metric, tuple(map(Site.parse, sites)), weight, float(bias))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,17 @@ class ThresholdCard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationCard:
+    """Platt's map from the fitted logit to log-odds; the weights hold it already."""
+
+    scale: float
+    shift: float
+    num_tokens: int
+    """Validation tokens that it was fitted on; probabilities are for their share of positives."""
+    share_positive: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataCard:
     source: str
     license: str
@@ -65,8 +76,9 @@ class Card:
     baselines: Mapping[str, Measured] = field(default_factory=dict)
     """The same figures of the baselines."""
     thresholds: Mapping[str, ThresholdCard] = field(default_factory=dict)
+    calibration: Mapping[str, CalibrationCard] = field(default_factory=dict)
     better_than_words: Mapping[str, bool] = field(default_factory=dict)
-    """Metric to whether the head beats TF-IDF: the interval of the difference lies above 0."""
+    """Metric to whether its head beats TF-IDF on held-out tokens: the interval of the difference lies above 0."""
     not_for: str = ""
     """What must not be concluded from a score."""
     run: Mapping[str, Any] = field(default_factory=dict)
@@ -81,16 +93,41 @@ class Card:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ArtefactError(f"{path} cannot be read: {error.strerror}; a bank is heads.safetensors with card.json") from error
+            raise ArtefactError(
+                f"{path} cannot be read: {error.strerror}; a bank is heads.safetensors with card.json"
+            ) from error
         except ValueError as error:
             raise ArtefactError(f"{path} is not JSON: {error}; copy the bank again") from error
-        raw = _checked(cls, raw, path)
+        try:
+            return cls._read(_checked(cls, raw, path), path)
+        except (AttributeError, TypeError) as error:
+            raise ArtefactError(f"{path} is not the card of a bank: {error}; copy the bank again") from error
+
+    @classmethod
+    def _read(cls, raw: dict[str, Any], path: Path) -> Card:
         raw["identity"] = Identity(**_checked(Identity, raw["identity"], path))
         raw["sites"] = {metric: tuple(sites) for metric, sites in raw["sites"].items()}
         raw["data"] = tuple(DataCard(**_checked(DataCard, row, path)) for row in raw["data"])
-        for name, kind in (("metrics", Measured), ("baselines", Measured), ("thresholds", ThresholdCard)):
+        for name, kind in _TABLES.items():
             raw[name] = {key: kind(**_checked(kind, value, path)) for key, value in raw[name].items()}
         return cls(**raw)
+
+    def subset(self, metrics: Sequence[str]) -> Card:
+        """What the card says of some of its metrics."""
+        names = (*_TABLES, "sites", "better_than_words")
+        kept: dict[str, Any] = {
+            name: {k: v for k, v in getattr(self, name).items() if k.split("/")[0] in metrics} for name in names
+        }
+        return replace(self, **kept)
+
+
+_TABLES: dict[str, type[Any]] = {
+    "metrics": Measured,
+    "baselines": Measured,
+    "thresholds": ThresholdCard,
+    "calibration": CalibrationCard,
+}
+"""Fields that map to dataclasses."""
 
 
 def _checked(kind: type[Any], raw: Any, path: Path) -> dict[str, Any]:
@@ -98,5 +135,7 @@ def _checked(kind: type[Any], raw: Any, path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict) or raw.keys() != names:
         given = set(raw) if isinstance(raw, dict) else set()
         wrong = ", ".join(sorted(given ^ names)) or type(raw).__name__
-        raise ArtefactError(f"{path}: unknown or missing keys for {kind.__name__}: {wrong}; written by another version of Pilotfish?")
+        raise ArtefactError(
+            f"{path}: unknown or missing keys for {kind.__name__}: {wrong}; written by another version of Pilotfish?"
+        )
     return dict(raw)

@@ -12,9 +12,11 @@ from pilotfish.models.families import (
 from pilotfish.models.identity import Identity, identify
 from pilotfish.models.pair import DEMO_PAIRS, LoadedModel, Pair, check_same_vocabulary, load_model, load_pair
 from pilotfish.models.tiny import tiny_model, tiny_pair, tiny_tokenizer
-from pilotfish.models.weights import resolve
+from pilotfish.models.weights import default_cache, resolve
+from pilotfish.models.wheels import DEMO_MODELS
 
 __all__ = [
+    "DEMO_MODELS",
     "DEMO_PAIRS",
     "FAMILIES",
     "Family",
@@ -22,6 +24,7 @@ __all__ = [
     "LoadedModel",
     "Pair",
     "check_same_vocabulary",
+    "default_cache",
     "evenly_spaced_sites",
     "family_named",
     "family_of",

@@ -19,7 +19,7 @@ from pilotfish.runs import generator
 CONTEXT = 512
 """Longest sequence of a tiny model, in tokens."""
 
-_WORDS = "user system assistant Ġthe Ġand Ġto Ġof Ġis return Ġreturn def import print Ġ= == ĠĠĠĠ ing er".split()  # noqa: SIM905 (a list would be longer)
+_WORDS = "user system assistant Ġthe Ġand Ġto Ġof Ġis return Ġreturn def import print Ġ= == ĠĠĠĠ ing er".split()  # noqa: SIM905
 """What merges into tokens, in byte-level spelling (Ġ is a space)."""
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

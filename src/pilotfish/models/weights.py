@@ -24,7 +24,7 @@ from pilotfish.runs import write_json
 logger = logging.getLogger(__name__)
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-"""What is taken from a hub repository; no pickles."""
+"""What is taken from a hub repository: data that runs no code when it is read."""
 
 
 def resolve(name: str, *, cache: Path | None = None) -> Path:

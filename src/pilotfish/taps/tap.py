@@ -40,7 +40,7 @@ class Taps(Mapping[Site, Float[Tensor, "batch token hidden"]]):
 
 @contextmanager
 def tapped(model: nn.Module, sites: Sequence[Site]) -> Iterator[Taps]:
-    """Reads activations at `sites` in every forward pass inside the block; all hooks are gone after it, errors included.
+    """Reads activations at `sites` in every forward pass inside the block; however it ends, no hook outlives it.
 
     Under a KV cache a pass holds the new tokens only; padding stays where the caller put it.
 

@@ -3,10 +3,9 @@
 from pilotfish.texts.conversations import read_jsonl, write_jsonl
 from pilotfish.texts.readers import read_cyberseceval, read_halueval_benign, read_sven
 from pilotfish.texts.splits import check_leak, split
-from pilotfish.texts.tokens import TEMPLATE, Encoded, Rendered, TokenizedText, encode, render, tokenize
+from pilotfish.texts.tokens import Encoded, Rendered, TokenizedText, encode, render, tokenize
 
 __all__ = [
-    "TEMPLATE",
     "Encoded",
     "Rendered",
     "TokenizedText",

@@ -106,11 +106,10 @@ def render(
     starts: list[int] = []
     lengths: list[int] = []
     skipped: list[int] = []
-    is_known = text.startswith(pieces[0])
     for message, piece in zip(messages, pieces[1:], strict=True):
         is_last = len(starts) == len(messages) - 1
         kept = next((k for k in _trimmed(message.content) if _continues(text, position, k + piece, is_last)), None)
-        if kept is None or not is_known:
+        if kept is None:
             raise TextError(
                 f"{name}: the chat template of this tokenizer changes message {len(starts)} ({message.role}) by more "
                 "than trimming its ends, so labels cannot be placed; give the content as the template writes it, or "

@@ -1,0 +1,177 @@
+"""The whole recipe on a tiny model: from conversations to a bank with its card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from pilotfish.core import Conversation, Message, Site, Span
+from pilotfish.errors import ArtefactError, LeakError, SettingError, TextError
+from pilotfish.heads import FitConfig, HeadBank
+from pilotfish.models import LoadedModel, Pair
+from pilotfish.scores import RecipeConfig, build_bank, score_tokens
+from pilotfish.scores.recipe import prepare
+from pilotfish.texts import tokenize
+
+METRIC = "shouting"
+CONFIG = RecipeConfig(
+    num_sites=2,
+    budget=0.2,
+    num_resamples=50,
+    has_baselines=False,
+    fit=FitConfig(epochs=20, batch_tokens=64, learning_rate=0.01, weight_decays=(0.1, 1.0)),
+)
+
+
+@pytest.fixture(scope="module")
+def reader(pair: Pair) -> LoadedModel:
+    assert pair.draft is not None and pair.draft_identity is not None
+    return LoadedModel(pair.draft, pair.tokenizer, pair.draft_identity, "tiny")
+
+
+def conversation(name: str, index: int, *, loud: bool, labelled: bool = True) -> Conversation:
+    """Two answers to each prompt: one with a word in capitals, which the span marks, and one without."""
+    quiet, word = f"the {index} is ", "ZQXJ" if loud else "zqxj"
+    messages = (Message("user", f"say {name} {index}"), Message("assistant", f"{quiet}{word} and return {name}{index}"))
+    spans = (Span(1, len(quiet), len(quiet) + 4, METRIC, 1.0),) if loud and labelled else ()
+    return Conversation(
+        f"{name}-{index}-{'loud' if loud else 'quiet'}",
+        f"{name}-{index}",
+        messages,
+        spans=spans,
+        labels={} if loud or not labelled else {METRIC: 0.0},
+        source="ours",
+        license="CC0",
+    )
+
+
+def rows(name: str, count: int) -> list[Conversation]:
+    return [conversation(name, index, loud=loud) for index in range(count) for loud in (True, False)]
+
+
+SPLITS = {"train": rows("train", 12), "validation": rows("validation", 8), "test": rows("test", 8)}
+BENIGN = [conversation("benign", index, loud=False, labelled=False) for index in range(20)]
+
+
+@pytest.fixture(scope="module")
+def built(reader, tmp_path_factory) -> HeadBank:
+    work = tmp_path_factory.mktemp("work")
+    return build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=CONFIG, work_folder=work, seed=0)
+
+
+def test_the_recipe_learns_what_the_spans_mark_and_measures_it_on_the_test_rows(built):
+    figures = {name.removeprefix(f"{METRIC}/"): figure for name, figure in built.card.metrics.items()}
+    assert figures["auroc_token"].value > 0.95
+    assert figures["auroc_token"].low <= figures["auroc_token"].value <= figures["auroc_token"].high
+    assert figures["auroc_token"].n == 8
+    assert figures["pairwise_accuracy"].value == 1.0
+    assert figures["recall_at_threshold"].value == 1.0
+
+
+def test_the_card_says_where_everything_came_from(built, reader):
+    card = built.card
+    assert card.identity == reader.identity
+    assert {(data.role, data.source, data.license, data.num_rows) for data in card.data} == {
+        ("train", "ours", "CC0", 24),
+        ("validation", "ours", "CC0", 16),
+        ("test", "ours", "CC0", 16),
+        ("benign", "ours", "CC0", 20),
+    }
+    limit = card.thresholds[METRIC]
+    assert limit.fpr_upper <= limit.budget == CONFIG.budget
+    assert (limit.num_benign, limit.benign_source) == (20, "ours")
+    assert card.better_than_words == {}, "without baselines the card claims nothing"
+    assert card.run["config"]["metric"] == METRIC and card.run["seed"] == 0
+
+
+def test_the_threshold_flags_no_more_benign_responses_online_than_the_card_says(built, reader):
+    flagged = 0
+    for row in BENIGN:
+        text = prepare([row], reader, METRIC, 512, keeps_unlabelled=True)[0]
+        scores = score_tokens(reader.model, built, text.tokens.token_ids)[:, 0]
+        flagged += float(scores[text.is_response].max()) >= built.thresholds[METRIC] + 1e-6
+    assert flagged <= built.card.thresholds[METRIC].num_flagged
+
+
+def test_scores_of_held_out_text_are_probabilities_that_point_at_the_span(built, reader):
+    text = tokenize(SPLITS["test"][0], reader.tokenizer)
+    scores = score_tokens(reader.model, built, text.token_ids)[:, 0]
+    labels = torch.tensor(text.labels[METRIC])
+    assert bool(((scores >= 0) & (scores <= 1)).all())
+    assert scores[labels == 1].mean() > 0.5 > scores[labels == 0].mean()
+
+
+def test_a_second_run_goes_on_from_the_recordings_and_gives_the_same_bank(reader, tmp_path):
+    def build() -> HeadBank:
+        return build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=CONFIG, work_folder=tmp_path / "work", seed=0)
+
+    first = build()
+    shards = sorted((tmp_path / "work").rglob("*.safetensors"))
+    times = [path.stat().st_mtime_ns for path in shards]
+    second = build()
+    assert times == [path.stat().st_mtime_ns for path in shards]
+    assert torch.equal(first.heads[0].weight, second.heads[0].weight)
+    assert first.heads[0].bias == second.heads[0].bias
+    assert dataclasses.replace(first.card, run={}) == dataclasses.replace(second.card, run={})
+
+
+def test_the_bank_of_a_recipe_survives_saving_and_scores_the_same(built, reader, tmp_path):
+    loaded = HeadBank.load(built.save(tmp_path / "bank"))
+    ids = tokenize(SPLITS["test"][1], reader.tokenizer).token_ids
+    assert torch.equal(score_tokens(reader.model, built, ids), score_tokens(reader.model, loaded, ids))
+    assert loaded.thresholds == built.thresholds
+    assert json.loads((tmp_path / "bank" / "card.json").read_text())["data"][0]["license"] == "CC0"
+
+
+def test_what_engines_generate_counts_as_response_with_its_end_of_turn(reader):
+    text = prepare([SPLITS["train"][0]], reader, METRIC, 512)[0]
+    tokens = [text.tokens.token_ids[i] for i in text.is_response.nonzero()[:, 0].tolist()]
+    assert reader.tokenizer.decode(tokens) == SPLITS["train"][0].messages[1].content + "<|im_end|>"
+
+
+def test_a_positive_response_whose_spans_were_cut_off_has_no_label(reader):
+    long = conversation("long", 0, loud=True)
+    first = next(i for i, label in enumerate(tokenize(long, reader.tokenizer).labels[METRIC]) if label == 1)
+    whole, cut = (prepare([long], reader, METRIC, limit)[0] for limit in (512, first))
+    assert whole.label == 1.0 and math.isnan(cut.label)
+    assert not bool((cut.labels > 0).any())
+
+
+def test_too_few_benign_responses_are_refused_before_anything_is_recorded(reader, tmp_path):
+    config = dataclasses.replace(CONFIG, budget=0.01)
+    with pytest.raises(SettingError, match="20 benign responses .* give 299 or more"):
+        build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=config, work_folder=tmp_path / "work", seed=0)
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "test"])
+def test_a_split_without_positive_tokens_is_refused_by_name(name, reader, tmp_path):
+    splits = SPLITS | {name: [row for row in SPLITS[name] if not row.spans]}
+    with pytest.raises(TextError, match=f"split {name} has 0 positive and [1-9]"):
+        build_bank(splits, BENIGN, reader, metric=METRIC, config=CONFIG, work_folder=tmp_path, seed=0)
+
+
+def test_benign_rows_that_the_head_was_made_with_are_refused(reader, tmp_path):
+    quiet = [row for row in SPLITS["train"] if not row.spans]
+    with pytest.raises(LeakError, match="'benign'"):
+        build_bank(SPLITS, [*BENIGN, *quiet], reader, metric=METRIC, config=CONFIG, work_folder=tmp_path, seed=0)
+
+
+def test_splits_by_other_names_are_refused(reader, tmp_path):
+    with pytest.raises(SettingError, match="give train, validation, test"):
+        build_bank({"train": []}, BENIGN, reader, metric=METRIC, config=CONFIG, work_folder=tmp_path, seed=0)
+
+
+def test_a_work_folder_of_other_sites_is_refused(reader, tmp_path):
+    build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=CONFIG, work_folder=tmp_path, seed=0)
+    other = dataclasses.replace(CONFIG, num_sites=1)
+    with pytest.raises(ArtefactError, match="sites"):
+        build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=other, work_folder=tmp_path, seed=0)
+
+
+def test_the_head_reads_evenly_spaced_sites_with_the_final_norm_last(built):
+    assert built.sites == (Site(1, "resid_post"), Site(-1, "final"))
