@@ -148,7 +148,9 @@ def test_a_drafted_token_counts_as_look_ahead_until_it_is_accepted(pair, bank):
                 continue
             text = ids[: item.start] + [token.id for token in item.drafted[: index + 1]]
             expected = score_tokens(pair.draft, bank, text)[-1]
-            assert [drafted.scores[metric].value for metric in bank.metrics] == pytest.approx(expected.tolist(), abs=1e-5)
+            assert [drafted.scores[metric].value for metric in bank.metrics] == pytest.approx(
+                expected.tolist(), abs=1e-5
+            )
             rejected += not drafted.is_accepted
     assert rejected > 0
 
@@ -326,7 +328,12 @@ def test_what_the_engine_refuses_it_says_how_to_mend(pair, bank):
 
 
 def test_several_turns_are_one_prompt(pair, bank):
-    messages = (Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Bye"))
+    messages = (
+        Message("system", "Be brief."),
+        Message("user", "Hi"),
+        Message("assistant", "Hello"),
+        Message("user", "Bye"),
+    )
     generation = EmbeddedEngine(pair, [bank]).generate(messages, Request(max_new_tokens=4))
     assert all(message.content in generation.prompt for message in messages)
 

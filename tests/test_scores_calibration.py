@@ -18,7 +18,7 @@ from pilotfish.scores import (
     threshold_at_budget,
 )
 
-SCORES = st.lists(st.integers(0, 12).map(lambda tenth: tenth / 12), min_size=60, max_size=200)
+SCORES = st.lists(st.integers(0, 11).map(lambda count: count / 12), min_size=60, max_size=200)
 
 
 def test_platt_finds_the_map_that_made_the_labels():
@@ -90,9 +90,9 @@ def test_clopper_pearson_covers_at_least_its_level(n, share, level):
 
 @pytest.mark.parametrize(("k", "n", "level"), [(-1, 5, 0.95), (6, 5, 0.95), (0, 0, 0.95), (1, 5, 0.0), (1, 5, 1.0)])
 def test_clopper_pearson_refuses_what_is_no_proportion(k, n, level):
-    with pytest.raises(SettingError, match="no proportion|outside"):
+    with pytest.raises(SettingError, match=r"no proportion|outside"):
         clopper_pearson(k, n, level)
-    with pytest.raises(SettingError, match="no proportion|outside"):
+    with pytest.raises(SettingError, match=r"no proportion|outside"):
         clopper_pearson_upper(k, n, level)
 
 
@@ -122,13 +122,11 @@ def test_the_threshold_stands_just_above_the_first_response_that_must_not_be_fla
 @given(scores=SCORES, budget=st.floats(0.05, 0.9))
 def test_a_threshold_keeps_its_budget_and_the_next_lower_one_does_not(scores, budget):
     values = torch.tensor(scores, dtype=torch.float32)
-    if num_benign_needed(budget) > len(scores) or (values == 1).double().mean() > budget / 2:
-        return
     found = threshold_at_budget(values, budget)
     assert found.fpr_upper <= budget
     assert found.num_flagged == int((values >= found.threshold).sum())
-    lower = math.nextafter(float(values[values < found.threshold].max()), 0.0)
-    assert clopper_pearson_upper(int((values > lower).sum()), len(scores)) > budget
+    lower = values[values < found.threshold].max()
+    assert clopper_pearson_upper(int((values >= lower).sum()), len(scores)) > budget
 
 
 def test_a_threshold_survives_being_compared_in_float32():

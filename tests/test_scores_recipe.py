@@ -143,7 +143,7 @@ def test_a_positive_response_whose_spans_were_cut_off_has_no_label(reader):
 
 def test_too_few_benign_responses_are_refused_before_anything_is_recorded(reader, tmp_path):
     config = dataclasses.replace(CONFIG, budget=0.01)
-    with pytest.raises(SettingError, match="20 benign responses .* give 299 or more"):
+    with pytest.raises(SettingError, match=r"20 benign responses .* give 299 or more"):
         build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=config, work_folder=tmp_path / "work", seed=0)
     assert not (tmp_path / "work").exists()
 
@@ -175,3 +175,20 @@ def test_a_work_folder_of_other_sites_is_refused(reader, tmp_path):
 
 def test_the_head_reads_evenly_spaced_sites_with_the_final_norm_last(built):
     assert built.sites == (Site(1, "resid_post"), Site(-1, "final"))
+
+
+def test_words_that_tell_everything_are_not_beaten_and_the_card_says_so(reader, tmp_path):
+    pytest.importorskip("sklearn")
+    config = dataclasses.replace(CONFIG, has_baselines=True)
+    bank = build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=config, work_folder=tmp_path, seed=0)
+    assert {name.removeprefix(f"{METRIC}/") for name in bank.card.baselines} >= {
+        "auroc_token/words",
+        "auroc_response/words",
+        "auroc_response/length",
+        "pairwise_accuracy/words",
+    }
+    assert bank.card.baselines[f"{METRIC}/auroc_response/words"].value == 1.0, "capitals give the label away"
+    assert bank.card.baselines[f"{METRIC}/auroc_response/length"].value == 0.5, "both answers are equally long"
+    difference = bank.card.metrics[f"{METRIC}/auroc_token_minus_words"]
+    assert bank.card.better_than_words == {METRIC: difference.low > 0}
+    assert bank.card.better_than_words == {METRIC: False}

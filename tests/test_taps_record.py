@@ -178,9 +178,10 @@ def test_memory_does_not_grow_with_the_recording(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)  # as in these tests
 from test_taps_record import MODEL, recorded
 
 def die_at(number):

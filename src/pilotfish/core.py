@@ -49,7 +49,7 @@ class Site:
         if text == "final":
             return cls(-1, "final")
         layer, _, stream = text.partition(".")
-        if not layer.isdigit():
+        if not layer.isdigit() or stream not in STREAMS:
             raise SettingError(f"site {text!r} is not `final` or LAYER.STREAM, for example `12.resid_post`")
         return cls(int(layer), stream)  # type: ignore[arg-type]  # __post_init__ checks the name
 

@@ -74,7 +74,8 @@ def progress(iterable: Iterable[T], what: str, total: int | None = None) -> Iter
     """Wraps an iterable in a progress bar, silent when standard error is not a terminal."""
     from tqdm import tqdm
 
-    return tqdm(iterable, desc=what, total=total, disable=not sys.stderr.isatty(), leave=False)
+    bar: Iterable[T] = tqdm(iterable, desc=what, total=total, disable=not sys.stderr.isatty(), leave=False)
+    return bar
 
 
 @contextlib.contextmanager

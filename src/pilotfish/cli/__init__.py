@@ -31,16 +31,16 @@ def main(args: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     if given[:2] == ["bench", "tax"]:  # read as two words, told to the parser as one
         given[:2] = ["bench-tax"]
-    verb = tyro.cli(  # type: ignore[call-overload]  # a union of subcommands
-        Verb,
-        prog="pilotfish",
-        args=given,
-        description="Monitor heads on the draft of speculative decoding.",
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-    )
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        return int(verb.run())
+        verb: Verb = tyro.cli(
+            Verb,
+            prog="pilotfish",
+            args=given,
+            description="Monitor heads on the draft of speculative decoding.",
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        )
+        return verb.run()
     except PilotfishError as error:
         print(f"pilotfish: {error}", file=sys.stderr)
         return 1

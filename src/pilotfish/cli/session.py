@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pilotfish.actions import Policy, Rule
 from pilotfish.cli.terminal import legend, paint, summary, uses_colour
 from pilotfish.cli.verbs import Models
+from pilotfish.core import Message
 from pilotfish.engines import Drafting, EmbeddedEngine, Generation, Request, TokenEvent, VerdictEvent
 from pilotfish.errors import SettingError
 from pilotfish.heads import HeadBank, shipped_banks
@@ -53,7 +55,7 @@ def thresholds(engine: EmbeddedEngine, policy: Policy) -> dict[str, float]:
     return calibrated | {rule.metric: rule.threshold for rule in policy.rules if rule.threshold is not None}
 
 
-def show(engine: EmbeddedEngine, prompt: str, request: Request, metric: str) -> Generation:
+def show(engine: EmbeddedEngine, prompt: str | Sequence[Message], request: Request, metric: str) -> Generation:
     """Streams one answer to the terminal, coloured by `metric`, and says where it was flagged and why."""
     colour = uses_colour()
     limit = thresholds(engine, request.policy).get(metric)

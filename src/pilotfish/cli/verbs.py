@@ -105,7 +105,7 @@ class Fit:
     model: str = "demo:qwen-coder-0.5b"
     """The reader: the draft of the pair that will serve."""
     benign: Path | None = None
-    """JSONL of ordinary traffic, for the threshold; without it, the held-out negatives of the data."""
+    """JSONL of ordinary traffic, for the threshold; without it, a part of the data is put aside for its negatives."""
     budget: float = 0.01
     """False-positive budget: the share of benign responses that may be flagged."""
     sites: int = 5

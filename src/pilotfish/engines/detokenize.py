@@ -10,6 +10,11 @@ INCOMPLETE = "\ufffd"
 """What a decoder shows for a multi-byte character whose last bytes are still to come."""
 
 
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    """The text of one sequence of token ids."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
 class TextStream:
     """The text of one answer as it grows."""
 
@@ -38,12 +43,12 @@ class TextStream:
 
     def _grow(self, token_id: int, is_last: bool) -> None:
         self._ids.append(token_id)
-        window = self._tokenizer.decode(self._ids[self._start :], skip_special_tokens=True)
+        window = text_of(self._tokenizer, self._ids[self._start :], skip_special_tokens=True)
         if window.endswith(INCOMPLETE) and not is_last:
             return
         self.text += window[self._shown :]
         self._start = max(0, len(self._ids) - 1)  # the last token stays as context of the next
-        self._shown = len(self._tokenizer.decode(self._ids[self._start :], skip_special_tokens=True))
+        self._shown = len(text_of(self._tokenizer, self._ids[self._start :], skip_special_tokens=True))
 
     def _find_stop(self) -> None:
         places = [place for word in self._stop if (place := self.text.find(word, max(0, self._taken - len(word)))) >= 0]

@@ -40,7 +40,9 @@ class Drafting:
         if not 1 <= self.max_length <= 64:
             raise SettingError(f"longest draft {self.max_length} is not allowed; give 1 to 64")
         if self.step_cost != "auto" and not 0.0 < self.step_cost < 1.0:
-            raise SettingError(f"step cost {self.step_cost} is not allowed; give a share of a target step in (0, 1), or auto")
+            raise SettingError(
+                f"step cost {self.step_cost} is not allowed; give a share of a target step in (0, 1), or auto"
+            )
 
 
 class DraftLength:

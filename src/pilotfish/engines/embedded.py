@@ -14,7 +14,7 @@ look-ahead.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pilotfish.actions import GATING, Policy, Verdict, decide
-from pilotfish.core import Message, Reader
-from pilotfish.engines.detokenize import TextStream
+from pilotfish.core import Message, Reader, TokenScore
+from pilotfish.engines.detokenize import TextStream, text_of
 from pilotfish.engines.drafting import Drafting, DraftLength
 from pilotfish.engines.reader import CachedModel
 from pilotfish.engines.records import (
@@ -159,8 +159,10 @@ class Stream(Iterator[Event]):
         self._tokenizer = pair.tokenizer
         self._eos_ids = pair.eos_ids
         self._bank_of = banks
-        self._target = CachedModel(pair.target, "target", banks.get("target"))
-        self._draft = CachedModel(pair.draft, "draft", banks.get("draft")) if pair.draft is not None else None
+        self._target = CachedModel(pair.target, "target", banks.get("target"), vocab_size=pair.vocab_size)
+        self._draft = None
+        if pair.draft is not None:
+            self._draft = CachedModel(pair.draft, "draft", banks.get("draft"), vocab_size=pair.vocab_size)
         self._length = DraftLength(engine.drafting, engine.weight_ratio)
         self._text = TextStream(pair.tokenizer, request.stop)
         self._ids = list(ids)
@@ -172,7 +174,7 @@ class Stream(Iterator[Event]):
         self._was_paused = False
         self._finish: FinishReason | None = None
         tokens = [
-            Token(i, token, self._tokenizer.decode([token]), "prompt", 0, is_emitted=True)
+            Token(i, token, text_of(self._tokenizer, [token]), "prompt", 0, is_emitted=True)
             for i, token in enumerate(ids)
         ]
         self.generation = Generation(prompt, tokens, len(ids))
@@ -278,17 +280,17 @@ class Stream(Iterator[Event]):
     # Bookkeeping.
 
     def _commit(self, drafted: list[int], scores: list[Scores], acceptance: Acceptance) -> int:
-        """Appends the accepted tokens and the target's own; returns how many drafted ones were kept (fewer where the
-        answer ends).
+        """Appends the accepted tokens and the target's own; returns how many of the drafted were kept.
+
+        They are fewer than were accepted where the answer ends among them.
         """
         accepted = drafted[: acceptance.num_accepted]
+        unread: Mapping[str, TokenScore] | None = None if self._bank_of else {}
         for index, token_id in enumerate([*accepted, acceptance.next_token]):
-            from_draft = index < len(accepted)
-            origin: Origin = "draft" if from_draft else "target"
-            known = scores[index] if from_draft and index < len(scores) else (None if self._bank_of else {})
-            self._append(
-                Token(len(self._ids), token_id, self._tokenizer.decode([token_id]), origin, self._number, scores=known)
-            )
+            origin: Origin = "draft" if index < len(accepted) else "target"
+            known = scores[index] if index < min(len(accepted), len(scores)) else unread
+            text = text_of(self._tokenizer, [token_id])
+            self._append(Token(len(self._ids), token_id, text, origin, self._number, scores=known))
             if self._finish is not None:
                 return min(index + 1, len(accepted))
         return len(accepted)
@@ -310,7 +312,7 @@ class Stream(Iterator[Event]):
         items = tuple(
             Drafted(
                 token,
-                self._tokenizer.decode([token]),
+                text_of(self._tokenizer, [token]),
                 i < acceptance.num_accepted,
                 scores[i] if i < len(scores) else None,
             )

@@ -26,8 +26,12 @@ CHUNK = 512
 class CachedModel:
     """A model with the KV cache of one sequence. With a bank, every read is scored in the same forward pass."""
 
-    def __init__(self, model: PreTrainedModel, reader: Reader, bank: HeadBank | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, reader: Reader, bank: HeadBank | None = None, *, vocab_size: int | None = None
+    ) -> None:
+        """`vocab_size` cuts the logits to it: two models of one vocabulary may pad theirs differently."""
         self._model = model
+        self._vocab_size = vocab_size
         self._reader = reader
         self._bank = bank
         self._cache = DynamicCache()  # full layers even for sliding-window models, so that any rollback is exact
@@ -65,7 +69,7 @@ class CachedModel:
             if self._bank is not None:
                 self.scores += self._score(self._bank, taps, len(ids))
         self.length += len(ids)
-        logits: Tensor = output.logits[0]
+        logits: Tensor = output.logits[0, :, : self._vocab_size]
         if not bool(torch.isfinite(logits[-1].sum())):
             raise GenerationError(
                 f"the {self._reader}'s logits at position {self.length - 1} are not finite; "

@@ -34,6 +34,13 @@ CODE_PROMPTS = (
     "Write a Python class for a bank account with deposit, withdraw and a transaction history.",
     "Write a JavaScript function that groups an array of objects by a key.",
 )
+POOR_PROMPTS = (
+    "Kirjoita lyhyt runo syksystä.",
+    "Írj egy rövid levelet a nagymamádnak.",
+    "Andika shairi fupi kuhusu bahari.",
+    "Idatzi ipuin labur bat azeri bati buruz.",
+)
+"""Languages that the demo draft hardly knows: few of its tokens are accepted."""
 PROSE_PROMPTS = (
     "Explain to a ten-year-old why the seasons change.",
     "Write a short letter to a neighbour about a tree that has fallen over the fence.",

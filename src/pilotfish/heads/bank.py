@@ -160,8 +160,17 @@ class HeadBank:
         return cls(heads, card.identity, card=card)
 
 
-def _head(tensors: Mapping[str, Tensor], metric: str, sites: Sequence[str], path: Path) -> LinearHead:
+def _head(tensors: Mapping[str, Tensor], metric: str, names: Sequence[str], path: Path) -> LinearHead:
     weight, bias = tensors.get(f"{metric}.weight"), tensors.get(f"{metric}.bias")
-    if weight is None or bias is None or bias.numel() != 1:
+    if weight is None or bias is None:
         raise ArtefactError(f"{path} lacks the weights of head {metric!r} that its card names; fit the bank again")
-    return LinearHead(metric, tuple(map(Site.parse, sites)), weight, float(bias))
+    if weight.ndim != 1 or bias.numel() != 1:
+        raise ArtefactError(
+            f"{path}: head {metric!r} has weights of shape {tuple(weight.shape)} and a bias of shape "
+            f"{tuple(bias.shape)}; a linear head has one row of weights and one bias: fit the bank again"
+        )
+    try:
+        sites = tuple(map(Site.parse, names))
+    except SettingError as error:
+        raise ArtefactError(f"{path.with_name(CARD_FILE)}, head {metric!r}: {error}; copy the bank again") from error
+    return LinearHead(metric, sites, weight, float(bias))

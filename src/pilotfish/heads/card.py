@@ -131,11 +131,12 @@ _TABLES: dict[str, type[Any]] = {
 
 
 def _checked(kind: type[Any], raw: Any, path: Path) -> dict[str, Any]:
-    names = {item.name for item in fields(kind)}
-    if not isinstance(raw, dict) or raw.keys() != names:
-        given = set(raw) if isinstance(raw, dict) else set()
-        wrong = ", ".join(sorted(given ^ names)) or type(raw).__name__
+    if not isinstance(raw, dict):
+        raise ArtefactError(f"{path}: a {type(raw).__name__} where {kind.__name__} belongs; copy the bank again")
+    wrong = sorted(raw.keys() ^ {item.name for item in fields(kind)})
+    if wrong:
         raise ArtefactError(
-            f"{path}: unknown or missing keys for {kind.__name__}: {wrong}; written by another version of Pilotfish?"
+            f"{path}: unknown or missing keys for {kind.__name__}: {', '.join(wrong)}; written by another version of "
+            "Pilotfish?"
         )
     return dict(raw)

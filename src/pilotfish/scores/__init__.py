@@ -1,5 +1,6 @@
 """Heads and labelled texts in; calibrated scores, thresholds and evaluations out."""
 
+from pilotfish.scores.baselines import response_length, response_words, token_words
 from pilotfish.scores.calibration import (
     Interval,
     Platt,
@@ -32,7 +33,10 @@ __all__ = [
     "num_benign_needed",
     "pairwise_accuracy",
     "platt",
+    "response_length",
+    "response_words",
     "score_tokens",
     "threshold_at_budget",
+    "token_words",
     "tpr_at_fpr",
 ]

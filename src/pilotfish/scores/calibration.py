@@ -74,8 +74,10 @@ def clopper_pearson(k: int, n: int, level: float = 0.95) -> Interval:
     Raises:
         SettingError: not 0 <= k <= n with n >= 1, or a level outside (0, 1).
     """
+    _check_counts(k, n, level)
     tail = (1 - level) / 2
-    return Interval(_lower(k, n, 1 - tail), clopper_pearson_upper(k, n, 1 - tail))
+    low = 0.0 if k == 0 else float(beta.ppf(tail, k, n - k + 1))
+    return Interval(low, clopper_pearson_upper(k, n, 1 - tail))
 
 
 def clopper_pearson_upper(k: int, n: int, level: float = 0.95) -> float:
@@ -132,11 +134,6 @@ def threshold_at_budget(max_scores: Float[Tensor, " response"], budget: float, l
     return Threshold(
         threshold, budget, len(scores), num_flagged, clopper_pearson_upper(num_flagged, len(scores), level)
     )
-
-
-def _lower(k: int, n: int, level: float) -> float:
-    _check_counts(k, n, level)
-    return 0.0 if k == 0 else float(beta.ppf(1 - level, k, n - k + 1))
 
 
 def _check_counts(k: int, n: int, level: float) -> None:

@@ -78,7 +78,7 @@ def bootstrap_by_group(
     Draws in which the figure is not defined are left out.
 
     Raises:
-        SettingError: there are fewer than two groups, or the figure is not defined for the rows or for half of the draws.
+        SettingError: fewer than two groups; or the figure is not defined for the rows, or for half of the draws.
     """
     names = sorted(set(groups))
     if len(names) < 2:

@@ -133,8 +133,9 @@ def record(
 ) -> Recording:
     """Runs rows through a model once and keeps the activations at `sites` on disk, in the model's own dtype.
 
-    The same call after an interruption checks the finished shards, keeps them and makes the rest; the files come out
-    the same to the byte. Memory is bounded by one shard and one batch, whatever the number of rows.
+    The same call after an interruption checks the finished shards, keeps them and makes the rest; on one machine with
+    one number of threads the files come out the same to the byte. Memory is bounded by one shard and one batch,
+    whatever the number of rows.
 
     Args:
         identity_hash: Says which weights these are (`Identity.weights`): no other model goes on with the folder.

@@ -1,0 +1,60 @@
+"""`pilotfish fit`: labelled conversations in, a bank and what its card says out."""
+
+from __future__ import annotations
+
+from pilotfish.cli.terminal import table
+from pilotfish.cli.verbs import Fit
+from pilotfish.core import Conversation
+from pilotfish.errors import TextError
+from pilotfish.heads import Card
+from pilotfish.models import load_model
+from pilotfish.scores import RecipeConfig, build_bank
+from pilotfish.texts import read_jsonl, split
+
+FRACTIONS = {"train": 0.7, "validation": 0.15, "test": 0.15}
+FRACTIONS_WITH_BENIGN = {"train": 0.55, "validation": 0.15, "test": 0.15, "benign": 0.15}
+"""When no benign texts are given: the last part's negatives set the threshold."""
+
+
+def run(config: Fit) -> int:
+    conversations = read_jsonl(config.data)
+    known = sorted(
+        {span.metric for row in conversations for span in row.spans} | {m for row in conversations for m in row.labels}
+    )
+    if config.metric not in known:
+        raise TextError(
+            f"{config.data} has no label of metric {config.metric!r}; it has {', '.join(known) or 'none at all'}"
+        )
+    if config.benign is not None:
+        splits, benign = split(conversations, FRACTIONS, seed=config.seed), read_jsonl(config.benign)
+    else:
+        splits = split(conversations, FRACTIONS_WITH_BENIGN, seed=config.seed)
+        benign = [row for row in splits.pop("benign") if _is_negative(row, config.metric)]
+    reader = load_model(config.model, device=config.device, dtype=config.dtype)
+    recipe = RecipeConfig(num_sites=config.sites, max_tokens=config.max_tokens, budget=config.budget)
+    bank = build_bank(
+        splits, benign, reader, metric=config.metric, config=recipe, work_folder=config.work, seed=config.seed
+    )
+    bank.save(config.out)
+    _print_card(bank.card, config.metric)
+    print(f"\nThe bank: {config.out.resolve()}")
+    return 0
+
+
+def _is_negative(row: Conversation, metric: str) -> bool:
+    return row.labels.get(metric) == 0 and not any(span.metric == metric and span.value > 0 for span in row.spans)
+
+
+def _print_card(card: Card, metric: str) -> None:
+    rows = [
+        [name, f"{figure.value:.3f}", f"[{figure.low:.3f}, {figure.high:.3f}]", str(figure.n)]
+        for name, figure in {**card.metrics, **card.baselines}.items()
+    ]
+    print(table(["on held-out documents", "value", "95 % interval", "documents"], rows))
+    limit = card.thresholds[metric]
+    print(
+        f"\nThreshold {limit.threshold:.3f}: flags {limit.num_flagged} of {limit.num_benign} benign responses, at most "
+        f"{limit.fpr_upper:.2%} with 95 % confidence."
+    )
+    if metric in card.better_than_words:
+        print("Better than TF-IDF." if card.better_than_words[metric] else "NOT shown to be better than TF-IDF.")
