@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -41,6 +41,7 @@ def alone(one, taps, row):
 
 
 @given(lists=SITE_LISTS, seed=st.integers(0, 1000), row=st.integers(0, 1))
+@settings(deadline=None)
 def test_the_fused_bank_says_what_each_head_says_alone(lists, seed, row):
     random = generator(seed, "bank")
     heads = [head(f"metric {i}", sites, random) for i, sites in enumerate(lists)]
@@ -51,6 +52,7 @@ def test_the_fused_bank_says_what_each_head_says_alone(lists, seed, row):
 
 
 @given(lists=SITE_LISTS, seed=st.integers(0, 1000))
+@settings(deadline=None)
 def test_heads_on_other_sites_never_change_a_head(lists, seed):
     random = generator(seed, "bank")
     first, *others = [head(f"metric {i}", sites, random) for i, sites in enumerate(lists)]
@@ -60,6 +62,7 @@ def test_heads_on_other_sites_never_change_a_head(lists, seed):
 
 
 @given(lists=SITE_LISTS, seed=st.integers(0, 1000), data=st.data())
+@settings(deadline=None)
 def test_a_subset_says_the_same_in_the_order_asked_for(lists, seed, data):
     random = generator(seed, "bank")
     bank = HeadBank([head(f"metric {i}", sites, random) for i, sites in enumerate(lists)], IDENTITY)
@@ -217,6 +220,7 @@ def test_cut_weights_are_refused(saved, keep):
 
 
 @given(position=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+@settings(deadline=None)
 def test_any_changed_byte_of_the_weights_is_refused(tmp_path_factory, position, flip):
     folder = tmp_path_factory.mktemp("changed")
     HeadBank([head("one", SITES, generator(0, "bank"))], IDENTITY).save(folder)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
@@ -50,6 +50,7 @@ def test_calibrated_probabilities_sum_to_the_smoothed_number_of_positives():
 
 
 @given(scale=st.floats(0.01, 100), shift=st.floats(-1000, 1000), seed=st.integers(0, 100))
+@settings(deadline=None)
 def test_platt_does_not_care_about_the_unit_of_the_logits(scale, shift, seed):
     random = generator(seed, "platt")
     logits = torch.randn(200, generator=random, dtype=torch.float64)
@@ -80,6 +81,7 @@ def test_clopper_pearson_has_the_published_values():
 
 
 @given(n=st.integers(1, 60), share=st.floats(0.001, 0.999), level=st.sampled_from([0.8, 0.95, 0.99]))
+@settings(deadline=None)
 def test_clopper_pearson_covers_at_least_its_level(n, share, level):
     weights = [float(binom.pmf(k, n, share)) for k in range(n + 1)]
     intervals = [clopper_pearson(k, n, level) for k in range(n + 1)]
@@ -97,6 +99,7 @@ def test_clopper_pearson_refuses_what_is_no_proportion(k, n, level):
 
 
 @given(budget=st.floats(1e-4, 0.9), level=st.sampled_from([0.5, 0.9, 0.95, 0.99]))
+@settings(deadline=None)
 def test_the_number_of_benign_responses_needed_is_the_smallest_that_shows_the_budget(budget, level):
     needed = num_benign_needed(budget, level)
     assert clopper_pearson_upper(0, needed, level) <= budget
@@ -104,6 +107,7 @@ def test_the_number_of_benign_responses_needed_is_the_smallest_that_shows_the_bu
 
 
 @given(count=st.integers(1, 3000))
+@settings(deadline=None)
 def test_a_budget_that_a_sample_shows_by_a_hair_still_gets_a_threshold(count):
     budget = clopper_pearson_upper(0, count)
     found = threshold_at_budget(torch.full((count + 1,), 0.5), budget)
@@ -120,6 +124,7 @@ def test_the_threshold_stands_just_above_the_first_response_that_must_not_be_fla
 
 
 @given(scores=SCORES, budget=st.floats(0.05, 0.9))
+@settings(deadline=None)
 def test_a_threshold_keeps_its_budget_and_the_next_lower_one_does_not(scores, budget):
     values = torch.tensor(scores, dtype=torch.float32)
     found = threshold_at_budget(values, budget)

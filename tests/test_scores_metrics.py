@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotfish.errors import SettingError
@@ -28,6 +28,7 @@ def test_auroc_by_hand():
 
 
 @given(items=ITEMS)
+@settings(deadline=None)
 def test_auroc_is_the_share_of_pairs_in_the_right_order(items):
     positives, negatives = ([score for score, label in items if label == kind] for kind in (True, False))
     pairs = [(p > n) + (p == n) / 2 for p in positives for n in negatives]
@@ -36,6 +37,7 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(items):
 
 
 @given(items=ITEMS)
+@settings(deadline=None)
 def test_auroc_sees_order_alone_and_turns_round_with_the_scores(items):
     scores, labels = tensors(items)
     assert auroc(scores.exp(), labels) == pytest.approx(auroc(scores, labels), nan_ok=True)
@@ -43,6 +45,7 @@ def test_auroc_sees_order_alone_and_turns_round_with_the_scores(items):
 
 
 @given(items=ITEMS, fpr=st.sampled_from([0.0, 0.01, 0.1, 1 / 3, 0.5, 1.0]))
+@settings(deadline=None)
 def test_tpr_at_fpr_is_the_best_of_all_thresholds(items, fpr):
     positives, negatives = ([score for score, label in items if label == kind] for kind in (True, False))
 
@@ -96,6 +99,7 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
 
 
 @given(copies=st.integers(2, 5), seed=st.integers(0, 20))
+@settings(deadline=None)
 def test_copies_of_a_row_within_its_group_do_not_narrow_the_interval(copies, seed):
     values = torch.randn(20, generator=generator(seed, "values"), dtype=torch.float64)
     groups = [f"document {i}" for i in range(20)]

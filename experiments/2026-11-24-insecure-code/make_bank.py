@@ -1,8 +1,8 @@
 """Makes the `insecure_code` bank that ships for Qwen2.5-Coder-0.5B from SVEN, CyberSecEval and HaluEval.
 
-Where the data is to be had, and what each set gives, stands in docs/data.md. The test texts are SVEN's own validation half. Its
-training half shares 43 repositories with it, so every training text whose repository (or a copy of whose text) stands in the test
-half is left out.
+Where the data is to be had, and what each set gives, stands in docs/data.md. The test texts are SVEN's own validation
+half. Its training half shares 43 repositories with it, so every training text whose repository (or a copy of whose
+text) stands in the test half is left out.
 
     python experiments/2026-11-24-insecure-code/make_bank.py --data FOLDER
 """

@@ -32,12 +32,12 @@ HELD_OUT = 4
 
 def token_words(
     train: Sequence[TokenizedText],
-    labels: Sequence[Float[Tensor, " token"]],
+    labels: Sequence[Float[Tensor, " _"]],  # texts differ in length
     test: Sequence[TokenizedText],
     *,
     generator: torch.Generator,
     max_tokens: int = 50_000,
-) -> list[Float[Tensor, " token"]]:
+) -> list[Float[Tensor, " _"]]:
     """Log-odds of every token of each test text by the characters just before it, as a monitor of words could.
 
     TF-IDF of the character n-grams of a window, and logistic regression on labelled tokens, drawn uniformly. A score
