@@ -1,4 +1,4 @@
-"""The claims on real weights: few tokens, since each costs a tenth of a second. Needs the demo weights (fetched once)."""
+"""The claims on real weights, which are fetched once; few tokens, since each costs a tenth of a second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 PROMPT = "Write a short C function that copies a user's name into a char buffer[16] with strcpy. Only code."
 NUM_TOKENS = 40
 TIE = 0.25
-"""Two logits this close may swap between a pass of one token and one of five: between 16 and 32, bfloat16 steps by 0.125."""
+"""Logits this close may swap between a pass of one token and one of five: from 16 to 32, bfloat16 steps by 0.125."""
 BF16_BOUND = 0.05
 """How far a probability may move between ways of computing one bfloat16 pass."""
 

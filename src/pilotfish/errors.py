@@ -8,6 +8,7 @@ PilotfishError
 │   ├── UnknownFamily    no row in the family table
 │   ├── PairMismatch     target and draft do not share a vocabulary
 │   └── WeightsError     weights that cannot be fetched, checked or stored
+├── StorageError         a file that cannot be written: the disk is full
 ├── ArtefactError        a bank or recording that is damaged or incomplete
 │   └── BankMismatch     a bank made for another model, tokenizer or shape
 └── GenerationError      a request that the engine refuses, or could not finish
@@ -44,6 +45,10 @@ class PairMismatch(ModelError):
 
 class WeightsError(ModelError):
     """Weights that cannot be fetched, checked or stored."""
+
+
+class StorageError(PilotfishError):
+    """A file that cannot be written: the disk is full."""
 
 
 class ArtefactError(PilotfishError):

