@@ -192,3 +192,5 @@ def test_words_that_tell_everything_are_not_beaten_and_the_card_says_so(reader, 
     difference = bank.card.metrics[f"{METRIC}/auroc_token_minus_words"]
     assert bank.card.better_than_words == {METRIC: difference.low > 0}
     assert bank.card.better_than_words == {METRIC: False}
+    for what in ("single tokens", "whole responses"):
+        assert f"Not shown to be better than TF-IDF at telling {what} apart." in bank.card.not_for

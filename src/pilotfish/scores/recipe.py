@@ -135,7 +135,7 @@ def build_bank(
         thresholds={metric: _threshold_card(threshold, texts["benign"])},
         calibration={metric: calibration},
         better_than_words={} if difference is None else {metric: difference.low > 0},
-        not_for=config.not_for,
+        not_for=config.not_for + _caveats(metric, figures.metrics),
         run=run_card("fit", _settings(metric, config, result), seed),
     )
     return HeadBank([head], reader.identity, card=card)
@@ -317,6 +317,14 @@ def _data(texts: Mapping[str, Sequence[Text]]) -> tuple[DataCard, ...]:
 def _threshold_card(threshold: Threshold, benign: Sequence[Text]) -> ThresholdCard:
     sources = sorted({text.conversation.source or "unnamed" for text in benign})
     return ThresholdCard(**threshold._asdict(), benign_source=", ".join(sources))
+
+
+def _caveats(metric: str, metrics: Mapping[str, Measured]) -> str:
+    """What the comparison with words does not show, in words, so that no reader of the card overlooks it."""
+    kinds = {"auroc_token": "telling single tokens apart", "auroc_response": "telling whole responses apart"}
+    shown = {figure: metrics.get(f"{metric}/{figure}_minus_words") for figure in kinds}
+    missing = [kind for figure, kind in kinds.items() if (found := shown[figure]) is not None and found.low <= 0]
+    return "".join(f" Not shown to be better than TF-IDF at {kind}." for kind in missing)
 
 
 def _settings(metric: str, config: RecipeConfig, result: FitResult) -> dict[str, object]:
