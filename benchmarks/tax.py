@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write targets, rows and the run's card here")
     args = parser.parse_args()
-    num_pairs, setting = (2, TaxSetting(max_new_tokens=6)) if args.quick else (20, TaxSetting(max_new_tokens=48))
+    num_pairs, setting = (2, TaxSetting(max_new_tokens=6)) if args.quick else (20, TaxSetting(max_new_tokens=40))
     before = _memory("VmRSS")
     pair = load_pair(PAIR)
     bank = random_bank(pair, num_heads=64, num_sites=5, generator=generator(args.seed, "heads"))
