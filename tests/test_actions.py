@@ -76,9 +76,9 @@ def test_policies_that_cannot_be_carried_out_are_refused():
     with pytest.raises(SettingError, match=r"outside \[0, 1\]"):
         Rule(metric="m", threshold=1.5)
     with pytest.raises(SettingError, match="not calibrated; give a threshold"):
-        STOP.check(["m"], {})
+        STOP.check(["m"], {"m"})
     with pytest.raises(SettingError, match="there are none: no bank is loaded"):
-        STOP.check([], {})
+        STOP.check([], set())
 
 
 def test_a_site_reads_back_and_bad_ones_say_what_is_allowed():

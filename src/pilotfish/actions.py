@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -68,17 +69,21 @@ class Policy:
         """Whether a token waits for its score."""
         return self.hold or self.is_gating
 
-    def check(self, metrics: Sequence[str], thresholds: Mapping[str, float]) -> None:
+    def check(self, metrics: Sequence[str], uncalibrated: AbstractSet[str]) -> None:
         """Refuses a policy that could not be carried out.
 
+        Args:
+            metrics: those that have a head.
+            uncalibrated: those of them for which some reader's bank has no threshold.
+
         Raises:
-            SettingError: a rule's metric has no head, or a rule has no threshold and neither has the bank.
+            SettingError: a rule's metric has no head, or a rule has no threshold and a bank has none either.
         """
         for rule in self.rules:
             if rule.metric not in metrics:
                 known = ", ".join(metrics) or "none: no bank is loaded"
                 raise SettingError(f"the policy names metric {rule.metric!r}, but no head scores it; there are {known}")
-            if rule.action != "observe" and rule.threshold is None and rule.metric not in thresholds:
+            if rule.action != "observe" and rule.threshold is None and rule.metric in uncalibrated:
                 raise SettingError(
                     f"the rule for {rule.metric!r} has no threshold and its head is not calibrated; give a threshold"
                 )

@@ -123,8 +123,9 @@ class EmbeddedEngine:
             GenerationError: the prompt is empty, or prompt and answer do not fit the models.
         """
         request = request or Request()
-        thresholds = {metric: value for bank in self.banks.values() for metric, value in bank.thresholds.items()}
-        request.policy.check(self.metrics, thresholds)
+        banks = self.banks.values()
+        uncalibrated = {metric for bank in banks for metric in bank.metrics if metric not in bank.thresholds}
+        request.policy.check(self.metrics, uncalibrated)
         if request.policy.holds and not self.banks:
             raise SettingError(
                 "the policy holds tokens until they are scored, but no bank is loaded; give a bank, or turn hold off"
