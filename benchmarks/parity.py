@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pilotfish.cli.terminal import table
+from pilotfish.cli.terminal import quieten_transformers, table
 from pilotfish.engines import Drafting, EmbeddedEngine, Generation, Request
 from pilotfish.engines.reader import CachedModel
 from pilotfish.engines.tax import CODE_PROMPTS, PROSE_PROMPTS, random_bank
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random heads")
     parser.add_argument("--json", type=Path, help="also write targets, rows and the run's card here")
     args = parser.parse_args()
+    quieten_transformers()
     pair = load_pair(PAIR)
     bank = random_bank(pair, num_heads=64, num_sites=5, generator=generator(args.seed, "heads"))
     prompts = [*CODE_PROMPTS[:1], *PROSE_PROMPTS[:1]] if args.quick else [*CODE_PROMPTS, *PROSE_PROMPTS]

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pilotfish.cli.terminal import table
+from pilotfish.cli.terminal import quieten_transformers, table
 from pilotfish.engines import Drafting, EmbeddedEngine, Request
 from pilotfish.engines.reader import CachedModel
 from pilotfish.engines.tax import (
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write targets, rows and the run's card here")
     args = parser.parse_args()
+    quieten_transformers()
     num_pairs, setting = (2, TaxSetting(max_new_tokens=6)) if args.quick else (20, TaxSetting(max_new_tokens=40))
     before = _memory("VmRSS")
     pair = load_pair(PAIR)

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import tyro
 
+from pilotfish.cli.terminal import quieten_transformers
 from pilotfish.cli.verbs import BenchTax, Chat, Demo, Fit, Score
 from pilotfish.errors import PilotfishError
 
@@ -40,6 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
             description="Monitor heads on the draft of speculative decoding.",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
         )
+        quieten_transformers()
         return verb.run()
     except PilotfishError as error:
         print(f"pilotfish: {error}", file=sys.stderr)

@@ -21,6 +21,15 @@ def uses_colour(stream: TextIO | None = None) -> bool:
     return (stream or sys.stdout).isatty() and "NO_COLOR" not in os.environ
 
 
+def quieten_transformers() -> None:
+    """Keeps the library's warnings out of the answers, and its progress bars out of what is no terminal."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def paint(text: str, score: TokenScore | None, threshold: float | None, *, colour: bool) -> str:
     """One token's text. Without colour, a token at or over the threshold is put in brackets, an unscored one gets a
     `?`.

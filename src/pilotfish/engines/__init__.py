@@ -1,7 +1,7 @@
 """A prompt in, tokens with scores out."""
 
 from pilotfish.engines.drafting import Drafting
-from pilotfish.engines.embedded import EmbeddedEngine, Request, Stream
+from pilotfish.engines.embedded import EmbeddedEngine, GenerationStream, Request
 from pilotfish.engines.records import Event, Generation, Round, RoundEvent, ScoreEvent, Token, TokenEvent, VerdictEvent
 from pilotfish.engines.speculate import Sampling
 
@@ -10,12 +10,12 @@ __all__ = [
     "EmbeddedEngine",
     "Event",
     "Generation",
+    "GenerationStream",
     "Request",
     "Round",
     "RoundEvent",
     "Sampling",
     "ScoreEvent",
-    "Stream",
     "Token",
     "TokenEvent",
     "VerdictEvent",

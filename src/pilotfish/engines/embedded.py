@@ -115,7 +115,7 @@ class EmbeddedEngine:
         """Every metric that some reader scores."""
         return tuple(dict.fromkeys(metric for bank in self.banks.values() for metric in bank.metrics))
 
-    def stream(self, prompt: str | Sequence[Message], request: Request | None = None) -> Stream:
+    def stream(self, prompt: str | Sequence[Message], request: Request | None = None) -> GenerationStream:
         """Begins a generation; nothing is computed until the stream is iterated.
 
         Raises:
@@ -141,7 +141,7 @@ class EmbeddedEngine:
                 f"most "
                 f"{self.max_tokens:,} fit these models. Shorten the prompt or lower max_new_tokens"
             )
-        return Stream(self, rendered.text, ids, request)
+        return GenerationStream(self, rendered.text, ids, request)
 
     def generate(self, prompt: str | Sequence[Message], request: Request | None = None) -> Generation:
         """Runs a generation to its end."""
@@ -151,7 +151,7 @@ class EmbeddedEngine:
         return stream.generation
 
 
-class Stream(Iterator[Event]):
+class GenerationStream(Iterator[Event]):
     """One generation: iterate it for events; `generation` holds what is known so far."""
 
     def __init__(self, engine: EmbeddedEngine, prompt: str, ids: list[int], request: Request) -> None:
