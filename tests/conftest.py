@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from pilotfish.heads import HeadBank, LinearHead
 from pilotfish.models import Pair, evenly_spaced_sites, tiny_pair
@@ -35,3 +38,16 @@ def seeded_bank(pair: Pair, *, reader: str, threshold: float = 0.5) -> HeadBank:
         return LinearHead(metric, sites[-count:], weight, 0.1)
 
     return HeadBank([head("wide", 3), head("narrow", 1)], identity, thresholds={"wide": threshold, "narrow": threshold})
+
+
+def random_ids(*shape: int) -> Tensor:
+    return torch.randint(250, shape, generator=torch.Generator().manual_seed(1))
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    """Every forward hook on every module of a model."""
+    return [
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import hooks_of, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pilotfish.core import STREAMS, Site
@@ -28,19 +29,6 @@ ONES = torch.ones(32)
 
 def random(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def random_ids(*shape: int) -> Tensor:
-    return torch.randint(250, shape, generator=torch.Generator().manual_seed(1))
-
-
-def hooks_of(model: nn.Module) -> list[Any]:
-    """Every forward hook on every module of a model."""
-    return [
-        hook
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    ]
 
 
 def values_of(model: PreTrainedModel, ids: Tensor, *edits: Edit, site: Site = MID, **call: Any) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import hooks_of, random_ids
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -17,19 +18,6 @@ from pilotfish.taps import tapped
 FINAL = Site(-1, "final")
 SITES = (*(Site(layer, stream) for layer in range(3) for stream in STREAMS if stream != "final"), FINAL)
 MODELS = {family: tiny_model(family, seed=0) for family in FAMILIES}
-
-
-def random_ids(*shape: int) -> Tensor:
-    return torch.randint(250, shape, generator=torch.Generator().manual_seed(1))
-
-
-def hooks_of(model: nn.Module) -> list[Any]:
-    """Every forward hook on every module of a model."""
-    return [
-        hook
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    ]
 
 
 def values_of(model: PreTrainedModel, ids: Tensor, **call: Any) -> dict[Site, Tensor]:
