@@ -236,7 +236,7 @@ def test_without_a_draft_the_heads_read_the_target_and_the_output_says_so(pair):
     bank = seeded_bank(pair, reader="target")
     generation = EmbeddedEngine(single, [bank]).generate(PROMPT, Request(max_new_tokens=20))
     assert {token.scores["wide"].reader for token in generation.tokens} == {"target"}
-    assert dict(generation.misses()) == {"the last token: reading it would cost a pass of the target": 1}
+    assert dict(generation.misses()) == {"the last tokens: reading them would cost one more pass": 1}
     scored = generation.tokens[:-1]
     expected = offline(single, bank, generation, "target")[:-1, 0]
     assert [token.scores["wide"].value for token in scored] == pytest.approx(expected.tolist(), abs=1e-5)
@@ -345,3 +345,19 @@ def test_an_exchange_can_be_written_as_a_report_takes_it(pair, bank):
     assert "".join(token["text"] for token in record["tokens"][generation.num_prompt_tokens :]).startswith(
         generation.answer[:4]
     )
+
+
+def test_without_a_flush_the_last_tokens_are_declared_misses_and_nothing_else_changes(pair, bank):
+    engine = EmbeddedEngine(pair, [bank], drafting=Drafting(length=3))
+    whole = engine.generate(PROMPT, Request(max_new_tokens=40))
+    short = engine.generate(PROMPT, Request(max_new_tokens=40, flush=False))
+    num_missed = short.misses().total()
+    assert num_missed in {1, 2}
+    assert set(short.misses()) == {"the last tokens: reading them would cost one more pass"}
+    assert ids_of(short) == ids_of(whole)
+    scored = len(short.tokens) - num_missed
+    assert [token.scores["wide"].value for token in short.tokens[:scored]] == pytest.approx(
+        [token.scores["wide"].value for token in whole.tokens[:scored]], abs=1e-6
+    )
+    held = Request(max_new_tokens=40, flush=False, policy=Policy(hold=True))
+    assert engine.generate(PROMPT, held).misses().total() == 0

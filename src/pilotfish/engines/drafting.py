@@ -64,6 +64,11 @@ class DraftLength:
         return self._accepted / self._trials
 
     @property
+    def needs_confidence(self) -> bool:
+        """Whether `wants_more` looks at the confidence; a fixed length does not."""
+        return self._fixed is None
+
+    @property
     def is_off(self) -> bool:
         """Whether the user turned speculation off."""
         return self._longest == 0

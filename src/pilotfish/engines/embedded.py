@@ -64,6 +64,8 @@ class Request:
     policy: Policy = field(default_factory=Policy)
     seed: int = 0
     """The same seed gives the same answer; without effect on greedy decoding."""
+    flush: bool = True
+    """Whether one more draft step at the end scores the last token or two; else they are declared misses."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -221,16 +223,13 @@ class GenerationStream(Iterator[Event]):
     def _close(self) -> Generator[Event, None, None]:
         """Scores the tokens that no later round will read: one more step of the draft."""
         if self._bank_of and any(token.scores is None for token in self.generation.tokens):
-            if (
-                self._draft is not None
-                and "draft" in self._bank_of
-                and not (self._was_paused and "target" in self._bank_of)
-            ):
+            target_reads = "target" in self._bank_of and (self._was_paused or "draft" not in self._bank_of)
+            if self._draft is not None and not target_reads and (self._request.flush or self._request.policy.holds):
                 self._read(self._draft)
             elif self._request.policy.holds:
                 self._read(self._target)
                 self.generation.num_taxed_reads += 1
-            reason = "the last token: reading it would cost a pass of the target"
+            reason = "the last tokens: reading them would cost one more pass"
             for token in self.generation.tokens:
                 if token.scores is None:
                     token.scores = Scores(self._metrics, None, "target", reason)
@@ -245,7 +244,7 @@ class GenerationStream(Iterator[Event]):
         first = model.length
         unread = self._ids[first:]
         logits = model.read([*unread, *drafted], len(drafted) + 1)
-        for token, scores in zip(self.generation.tokens[first:], model.scores[: len(unread)], strict=False):
+        for token, scores in zip(self.generation.tokens[first:], model.take_scores()[: len(unread)], strict=False):
             if token.scores is None:
                 token.scores = scores
         return logits
@@ -255,20 +254,19 @@ class GenerationStream(Iterator[Event]):
         assert self._draft is not None
         drafted: list[int] = []
         probs: list[Tensor] = []
-        scores: list[Scores] = []
         room = self._request.max_new_tokens - len(self.generation.committed) - 1
         confidence = 1.0
         while len(drafted) < room and self._length.wants_more(len(drafted), confidence):
             if drafted:
                 logits = self._draft.read(drafted[-1:])
-                scores += self._draft.scores
             if self._request.sampling.greedy:
                 drafted.append(int(logits[0].argmax()))
             else:
                 probs.append(distribution(logits, self._request.sampling)[0])
                 drafted.append(sample(probs[-1], generator=self._draft_random))
-            confidence *= float(torch.exp(logits[0].max() - logits[0].float().logsumexp(-1)))
-        return drafted, probs, scores
+            if self._length.needs_confidence:
+                confidence *= float(torch.exp(logits[0].max() - logits[0].float().logsumexp(-1)))
+        return drafted, probs, self._draft.take_scores()
 
     def _accept(self, drafted: list[int], probs: list[Tensor], logits: Float[Tensor, "token vocab"]) -> Acceptance:
         sampling = self._request.sampling

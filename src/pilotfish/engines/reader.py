@@ -38,8 +38,10 @@ class CachedModel:
         self._device = next(model.parameters()).device
         self.length = 0
         """Tokens consumed."""
-        self.scores: list[Scores] = []
-        """Scores of the tokens of the last read, in order; empty without a bank."""
+        self._scores: list[Scores] = []
+        self._features: list[Tensor] = []
+        self._num_unscored = 0
+        """Tokens read whose features wait for the matmul."""
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int], num_logits: int = 1) -> Float[Tensor, "token vocab"]:
@@ -49,11 +51,17 @@ class CachedModel:
             GenerationError: a logit is not finite: the model's output cannot be used.
         """
         assert 0 < num_logits <= len(ids), "logits follow consumed tokens"
-        self.scores = []
         head = max(0, len(ids) - max(num_logits, CHUNK))
         for start in range(0, head, CHUNK):
             self._forward(ids[start : min(start + CHUNK, head)], 1)
+            self._score()  # so that a long prompt's features are never all in memory
         return self._forward(ids[head:], num_logits)
+
+    def take_scores(self) -> list[Scores]:
+        """The scores of all tokens read since the last call, in order; empty without a bank."""
+        self._score()
+        taken, self._scores = self._scores, []
+        return taken
 
     def rollback(self, length: int) -> None:
         """Forgets all but the first `length` tokens."""
@@ -67,7 +75,7 @@ class CachedModel:
         with tapped(self._model, self._bank.sites) if self._bank else nullcontext() as taps:
             output = self._model(batch, past_key_values=self._cache, use_cache=True, logits_to_keep=num_logits)
             if self._bank is not None:
-                self.scores += self._score(self._bank, taps, len(ids))
+                self._keep_features(self._bank, taps, len(ids))
         self.length += len(ids)
         logits: Tensor = output.logits[0, :, : self._vocab_size]
         if not bool(torch.isfinite(logits[-1].sum())):
@@ -77,14 +85,26 @@ class CachedModel:
             )
         return logits
 
-    def _score(self, bank: HeadBank, taps: object, num_tokens: int) -> list[Scores]:
-        """One fused matmul for all metrics; whatever goes wrong becomes unscored tokens, counted and visible."""
+    def _keep_features(self, bank: HeadBank, taps: object, num_tokens: int) -> None:
+        self._num_unscored += num_tokens
         try:
-            rows = bank.probabilities(bank.features(taps)).tolist()  # type: ignore[arg-type]  # Taps is the Mapping
+            self._features.append(bank.features(taps))  # type: ignore[arg-type]  # Taps is the Mapping
+        except Exception:  # too few rows then make all of the batch unscored
+            logger.exception("reading the sites failed")
+
+    @torch.inference_mode()
+    def _score(self) -> None:
+        """One fused matmul for all metrics and waiting tokens; what goes wrong becomes unscored tokens."""
+        if self._bank is None or not self._num_unscored:
+            return
+        bank, features, num_tokens = self._bank, self._features, self._num_unscored
+        self._features, self._num_unscored = [], 0
+        try:
+            rows = bank.probabilities(torch.cat(features)).tolist()
             if len(rows) != num_tokens:
                 raise ValueError(f"{len(rows)} rows of scores for {num_tokens} tokens")
-            return [Scores(bank.metrics, row, self._reader) for row in rows]
+            self._scores += [Scores(bank.metrics, row, self._reader) for row in rows]
         except Exception as error:
             logger.exception("scoring failed; %d tokens are unscored", num_tokens)
             reason = f"head failed: {type(error).__name__}: {error}"
-            return [Scores(bank.metrics, None, self._reader, reason) for _ in range(num_tokens)]
+            self._scores += [Scores(bank.metrics, None, self._reader, reason) for _ in range(num_tokens)]

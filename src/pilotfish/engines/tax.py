@@ -84,10 +84,11 @@ def arms(pair: Pair, bank: HeadBank, setting: TaxSetting) -> dict[str, Arm]:
     The separate monitor is the draft's model a second time with a cache of its own: same size, same heads, its own
     passes.
     """
-    request = Request(max_new_tokens=setting.max_new_tokens)
+    request = Request(max_new_tokens=setting.max_new_tokens, flush=False)
+    flushed = Request(max_new_tokens=setting.max_new_tokens)
     fixed = Drafting(length=setting.fixed_length)
 
-    def ours(banks: Sequence[HeadBank], drafting: Drafting) -> Arm:
+    def ours(banks: Sequence[HeadBank], drafting: Drafting, request: Request = request) -> Arm:
         engine = EmbeddedEngine(pair, banks, drafting=drafting)
         return lambda prompt: len(engine.generate(prompt, request).committed)
 
@@ -99,6 +100,7 @@ def arms(pair: Pair, bank: HeadBank, setting: TaxSetting) -> dict[str, Arm]:
     table |= {
         "speculation": ours((), Drafting()),
         "speculation + heads": ours([bank], Drafting()),
+        "speculation + heads, last tokens too": ours([bank], Drafting(), flushed),
         f"speculation, k = {setting.fixed_length}": ours((), fixed),
         f"transformers assisted, k = {setting.fixed_length}": _transformers(pair, setting),
         "speculation + separate monitor, every token": _separate(plain, bank, request, every=1),
@@ -149,6 +151,7 @@ def _separate(engine: EmbeddedEngine, bank: HeadBank, request: Request, *, every
         monitor = CachedModel(draft, "draft", bank)
         ids = [token.id for token in stream.generation.tokens]
         monitor.read(ids)
+        monitor.take_scores()
         num_read = len(ids)
         for event in stream:
             if isinstance(event, TokenEvent):
@@ -157,6 +160,7 @@ def _separate(engine: EmbeddedEngine, bank: HeadBank, request: Request, *, every
                     if not keeps_cache:
                         monitor.rollback(0)
                     monitor.read(ids[monitor.length :])
+                    monitor.take_scores()
                     num_read = len(ids)
         return len(stream.generation.committed)
 
