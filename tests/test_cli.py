@@ -130,7 +130,7 @@ def test_fit_takes_labels_to_a_bank_that_score_can_use(folders, tmp_path, capsys
     assert "benign responses, at most" in said
     assert "TF-IDF" in said
     bank = HeadBank.load(out)
-    assert bank.card.metrics["danger/auroc_token"].value > 0.9
+    assert bank.card.metrics["danger/auroc_token"].low > 0.5
     text = tmp_path / "t.txt"
     text.write_text("a line of text")
     scored = ["--pair", str(folders["draft"]), "--banks", str(out), "--dtype", "float32"]
