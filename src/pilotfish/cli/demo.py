@@ -58,7 +58,7 @@ def run(config: Demo) -> int:
             engine.pair, bank, CODE_PROMPTS, TaxSetting(max_new_tokens=32), num_pairs=config.tax_pairs, seed=0
         )
         print(table(tax["columns"], tax["rows"]) + f"\n{tax['note']}")
-    page = write_page(config.out, exchanges, title="Pilotfish: what the draft saw", tax=tax)
+    page = write_page(config.out, exchanges, title="What the draft saw", tax=tax)
     print(f"\nThe page: {page.resolve()}")
     return 0
 

@@ -189,10 +189,16 @@ function mark() {
   inspect(state.active);
 }
 
+/** The answer's tokens: a prompt's own, the chat template's among them, say nothing of the model. All where there is no answer. */
+function answerOf({ tokens }) {
+  const answer = tokens.filter((token) => token.origin !== "prompt");
+  return answer.length ? answer : tokens;
+}
+
 function markContents() {
   data.exchanges.forEach((exchange, index) => {
     const [, highest, over] = $("contents").children[index].firstChild.children;
-    const scores = exchange.tokens.map((token) => scoreOf(token)).filter((score) => score !== undefined);
+    const scores = answerOf(exchange).map((token) => scoreOf(token)).filter((score) => score !== undefined);
     const limit = limitOf(state.metric, exchange);
     const top = scores.reduce((most, score) => Math.max(most, score), 0);
     highest.replaceChildren(scores.length ? make("span", { class: "chip" }, decimals(top)) : "not scored");
@@ -301,7 +307,8 @@ function pin(stop) {
 }
 
 function jumpToMaximum() {
-  const scored = state.stops.filter(({ token, isRejected }) => !isRejected && scoreOf(token) !== undefined);
+  const answer = new Set(answerOf(state.exchange));
+  const scored = state.stops.filter(({ token }) => answer.has(token) && scoreOf(token) !== undefined);
   if (scored.length) goTo(scored.reduce((most, stop) => (scoreOf(stop.token) > scoreOf(most.token) ? stop : most)), true);
 }
 
