@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -22,9 +24,11 @@ BF16_BOUND = 0.05
 
 
 @pytest.fixture(scope="module")
-def real() -> Pair:
+def real() -> Iterator[Pair]:
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    return load_pair("demo:qwen-coder")
+    yield load_pair("demo:qwen-coder")
+    torch.set_num_threads(before)  # other tests compare bits with a process of their own
 
 
 @pytest.fixture(scope="module")
