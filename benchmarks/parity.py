@@ -5,7 +5,7 @@
 In bfloat16 a pass of one token and a pass of five round differently, so two logits that tie to within rounding may
 swap; after such a place the two texts are different texts. For each prompt this prints the first place where they
 part, and by how much the target itself preferred its own choice there, in each of the two ways of computing it. Takes
-about five minutes, `--quick` half a minute.
+about seven minutes, `--quick` half a minute.
 """
 
 from __future__ import annotations
