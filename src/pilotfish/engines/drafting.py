@@ -12,7 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from transformers import PreTrainedModel
+
 from pilotfish.errors import SettingError
+from pilotfish.models import Pair
 
 MEMORY = 0.9
 """Weight that a round's record keeps when the next round is added."""
@@ -106,3 +109,13 @@ class DraftLength:
             )  # the next try starts undecided
         elif num_accepted == num_drafted:
             self._next_pause = FIRST_PAUSE
+
+
+def weight_ratio(pair: Pair) -> float:
+    """Weights that a decoding step of the draft reads over those of the target; 1 without a draft."""
+    return _num_weights(pair.draft) / _num_weights(pair.target) if pair.draft is not None else 1.0
+
+
+def _num_weights(model: PreTrainedModel) -> int:
+    embedding = model.get_input_embeddings().weight  # a step reads one row of it
+    return sum(weight.numel() for weight in model.parameters() if weight is not embedding)

@@ -20,12 +20,11 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from pilotfish.actions import GATING, Policy, Verdict, decide
 from pilotfish.core import Message, Reader, TokenScore
 from pilotfish.engines.detokenize import TextStream, text_of
-from pilotfish.engines.drafting import Drafting, DraftLength
+from pilotfish.engines.drafting import Drafting, DraftLength, weight_ratio
 from pilotfish.engines.reader import CachedModel
 from pilotfish.engines.records import (
     Drafted,
@@ -42,7 +41,15 @@ from pilotfish.engines.records import (
     TokenEvent,
     VerdictEvent,
 )
-from pilotfish.engines.speculate import Acceptance, Sampling, accept_greedy, accept_sampled, distribution, sample
+from pilotfish.engines.speculate import (
+    Acceptance,
+    Sampling,
+    accept_greedy,
+    accept_sampled,
+    distribution,
+    likeliest,
+    sample,
+)
 from pilotfish.errors import BankMismatch, GenerationError, SettingError
 from pilotfish.heads import HeadBank
 from pilotfish.models import Identity, Pair
@@ -93,7 +100,7 @@ class EmbeddedEngine:
             self.banks[reader] = bank
         both = [model for model in (pair.target, pair.draft) if model is not None]
         self.max_tokens = min(model.config.max_position_embeddings for model in both)
-        self.weight_ratio = _num_weights(pair.draft) / _num_weights(pair.target) if pair.draft is not None else 1.0
+        self.weight_ratio = weight_ratio(pair)
 
     def _reader_of(self, bank: HeadBank) -> Reader:
         problems = []
@@ -202,14 +209,14 @@ class GenerationStream(Iterator[Event]):
         self._note(paused)
         logits = None
         if self._draft is not None and (not paused or self._must_read_for_scores()):
-            logits = self._read(self._draft)
+            logits = self._read(self._draft, num_logits=0 if paused else 1)
             self.generation.num_taxed_reads += paused
             yield from self._advance()
             if self._finish is not None:
                 return
         drafted, probs, scores = self._propose(logits) if not paused and logits is not None else ([], [], [])
         committed = len(self._ids)
-        target_logits = self._read(self._target, drafted)
+        target_logits = self._read(self._target, drafted, num_logits=len(drafted) + 1)
         acceptance = self._accept(drafted, probs, target_logits)
         num_kept = self._commit(drafted, scores, acceptance)
         self._target.rollback(min(self._target.length, committed + num_kept))
@@ -225,9 +232,9 @@ class GenerationStream(Iterator[Event]):
         if self._bank_of and any(token.scores is None for token in self.generation.tokens):
             target_reads = "target" in self._bank_of and (self._was_paused or "draft" not in self._bank_of)
             if self._draft is not None and not target_reads and (self._request.flush or self._request.policy.holds):
-                self._read(self._draft)
+                self._read(self._draft, num_logits=0)
             elif self._request.policy.holds:
-                self._read(self._target)
+                self._read(self._target, num_logits=0)
                 self.generation.num_taxed_reads += 1
             reason = "the last tokens: reading them would cost one more pass"
             for token in self.generation.tokens:
@@ -237,13 +244,15 @@ class GenerationStream(Iterator[Event]):
 
     # One model pass each.
 
-    def _read(self, model: CachedModel, drafted: Sequence[int] = ()) -> Float[Tensor, "token vocab"]:
+    def _read(
+        self, model: CachedModel, drafted: Sequence[int] = (), *, num_logits: int
+    ) -> Float[Tensor, "token vocab"]:
         """Lets a model consume what it has not yet, drafted tokens last, and fills in the scores that no reader gave
         before.
         """
         first = model.length
         unread = self._ids[first:]
-        logits = model.read([*unread, *drafted], len(drafted) + 1)
+        logits = model.read([*unread, *drafted], num_logits)
         for token, scores in zip(self.generation.tokens[first:], model.take_scores()[: len(unread)], strict=False):
             if token.scores is None:
                 token.scores = scores
@@ -260,7 +269,7 @@ class GenerationStream(Iterator[Event]):
             if drafted:
                 logits = self._draft.read(drafted[-1:])
             if self._request.sampling.greedy:
-                drafted.append(int(logits[0].argmax()))
+                drafted += likeliest(logits)
             else:
                 probs.append(distribution(logits, self._request.sampling)[0])
                 drafted.append(sample(probs[-1], generator=self._draft_random))
@@ -386,9 +395,3 @@ class GenerationStream(Iterator[Event]):
         elif "draft" in self._bank_of:
             scorer = "the draft reads on for the scores alone, which costs extra"
         self.generation.notes.append(f"token {position}: {why}; {scorer}")
-
-
-def _num_weights(model: PreTrainedModel) -> int:
-    """Weights that a decoding step reads: all but the input embedding."""
-    embedding = model.get_input_embeddings().weight
-    return sum(weight.numel() for weight in model.parameters() if weight is not embedding)

@@ -45,15 +45,15 @@ class CachedModel:
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int], num_logits: int = 1) -> Float[Tensor, "token vocab"]:
-        """Consumes tokens; returns the logits after each of the last `num_logits`.
+        """Consumes tokens; returns the logits after each of the last `num_logits` (0 spares the output layer).
 
         Raises:
             GenerationError: a logit is not finite: the model's output cannot be used.
         """
-        assert 0 < num_logits <= len(ids), "logits follow consumed tokens"
+        assert 0 <= num_logits <= len(ids) > 0, "logits follow consumed tokens"
         head = max(0, len(ids) - max(num_logits, CHUNK))
         for start in range(0, head, CHUNK):
-            self._forward(ids[start : min(start + CHUNK, head)], 1)
+            self._forward(ids[start : min(start + CHUNK, head)], 0)
             self._score()  # so that a long prompt's features are never all in memory
         return self._forward(ids[head:], num_logits)
 
@@ -72,11 +72,15 @@ class CachedModel:
 
     def _forward(self, ids: Sequence[int], num_logits: int) -> Float[Tensor, "token vocab"]:
         batch = torch.tensor([list(ids)], device=self._device)
+        model = self._model if num_logits else self._model.base_model
+        options = {"logits_to_keep": num_logits} if num_logits else {}
         with tapped(self._model, self._bank.sites) if self._bank else nullcontext() as taps:
-            output = self._model(batch, past_key_values=self._cache, use_cache=True, logits_to_keep=num_logits)
+            output = model(batch, past_key_values=self._cache, use_cache=True, **options)
             if self._bank is not None:
                 self._keep_features(self._bank, taps, len(ids))
         self.length += len(ids)
+        if not num_logits:
+            return torch.empty(0, self._model.config.vocab_size)
         logits: Tensor = output.logits[0, :, : self._vocab_size]
         if not bool(torch.isfinite(logits[-1].sum())):
             raise GenerationError(

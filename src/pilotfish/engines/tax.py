@@ -1,13 +1,13 @@
 """A pair and prompts in; what monitoring costs out: arms timed in turn on the same prompts, as ratios with intervals.
 
-Absolute times drift with the machine, so every repetition runs all arms one after another in rotating order, and only
-ratios within a repetition are reported: their median, with a bootstrap interval over repetitions.
+Absolute times drift with the machine, so in every repetition the arms answer one prompt side by side, a token each in
+turn, and only ratios within a repetition are reported: their median, with a bootstrap interval over repetitions.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,8 +23,8 @@ from pilotfish.models import Pair, evenly_spaced_sites
 from pilotfish.runs import progress
 from pilotfish.texts import encode, render
 
-Arm = Callable[[str], int]
-"""Answers a prompt; returns the number of generated tokens."""
+Arm = Callable[[str], Iterator[int]]
+"""Answers a prompt step by step; yields the number of tokens generated so far."""
 
 NUM_RESAMPLES = 4000
 
@@ -90,7 +90,13 @@ def arms(pair: Pair, bank: HeadBank, setting: TaxSetting) -> dict[str, Arm]:
 
     def ours(banks: Sequence[HeadBank], drafting: Drafting, request: Request = request) -> Arm:
         engine = EmbeddedEngine(pair, banks, drafting=drafting)
-        return lambda prompt: len(engine.generate(prompt, request).committed)
+
+        def arm(prompt: str) -> Iterator[int]:
+            stream = engine.stream(prompt, request)
+            for _ in stream:
+                yield len(stream.generation.committed)
+
+        return arm
 
     plain = EmbeddedEngine(pair)
     table: dict[str, Arm] = {"target alone": ours((), Drafting(length=0))}
@@ -101,7 +107,7 @@ def arms(pair: Pair, bank: HeadBank, setting: TaxSetting) -> dict[str, Arm]:
         "speculation": ours((), Drafting()),
         "speculation + heads": ours([bank], Drafting()),
         "speculation + heads, last tokens too": ours([bank], Drafting(), flushed),
-        f"speculation, k = {setting.fixed_length}": ours((), fixed),
+        f"speculation, k = {setting.fixed_length}": _in_one_step(ours((), fixed)),
         f"transformers assisted, k = {setting.fixed_length}": _transformers(pair, setting),
         "speculation + separate monitor, every token": _separate(plain, bank, request, every=1),
         f"speculation + separate monitor, every {setting.reread_every}": _separate(
@@ -112,6 +118,16 @@ def arms(pair: Pair, bank: HeadBank, setting: TaxSetting) -> dict[str, Arm]:
         ),
     }
     return table
+
+
+def _in_one_step(arm: Arm) -> Arm:
+    """An arm that runs to its end at its turn, to be held against one that cannot pause."""
+
+    def whole(prompt: str) -> Iterator[int]:
+        *_, num_tokens = arm(prompt)
+        yield num_tokens
+
+    return whole
 
 
 def _transformers(pair: Pair, setting: TaxSetting) -> Arm:
@@ -129,12 +145,12 @@ def _transformers(pair: Pair, setting: TaxSetting) -> Arm:
         "pad_token_id": min(pair.eos_ids),
     }
 
-    def arm(prompt: str) -> int:
+    def arm(prompt: str) -> Iterator[int]:
         rendered = render((Message("user", prompt),), pair.tokenizer, add_generation_prompt=True)
         ids = torch.tensor([encode(rendered, pair.tokenizer).token_ids], device=pair.target.device)
         with torch.inference_mode():
             output = pair.target.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
-        return int(output.shape[1] - ids.shape[1])
+        yield int(output.shape[1] - ids.shape[1])
 
     return arm
 
@@ -146,7 +162,7 @@ def _separate(engine: EmbeddedEngine, bank: HeadBank, request: Request, *, every
     draft = engine.pair.draft
     assert draft is not None
 
-    def arm(prompt: str) -> int:
+    def arm(prompt: str) -> Iterator[int]:
         stream = engine.stream(prompt, request)
         monitor = CachedModel(draft, "draft", bank)
         ids = [token.id for token in stream.generation.tokens]
@@ -162,7 +178,7 @@ def _separate(engine: EmbeddedEngine, bank: HeadBank, request: Request, *, every
                     monitor.read(ids[monitor.length :])
                     monitor.take_scores()
                     num_read = len(ids)
-        return len(stream.generation.committed)
+            yield len(stream.generation.committed)
 
     return arm
 
@@ -175,20 +191,30 @@ def time_in_turn(
     One unrecorded run of each arm comes first.
     """
     names = list(table)
-    for name in names:
-        table[name](prompts[0])
+    _side_by_side(table, prompts[0])
     timings: dict[str, list[Timing]] = {name: [] for name in names}
     for repetition in progress(range(num_pairs), what, total=num_pairs):
         turn = repetition % len(names)
-        for name in names[turn:] + names[:turn]:
-            timings[name].append(_time(table[name], prompts[repetition % len(prompts)]))
+        turned = {name: table[name] for name in names[turn:] + names[:turn]}
+        for name, timing in _side_by_side(turned, prompts[repetition % len(prompts)]).items():
+            timings[name].append(timing)
     return timings
 
 
-def _time(arm: Arm, prompt: str) -> Timing:
-    wall, cpu = time.perf_counter(), time.process_time()
-    num_tokens = arm(prompt)
-    return Timing(time.perf_counter() - wall, time.process_time() - cpu, num_tokens)
+def _side_by_side(table: Mapping[str, Arm], prompt: str) -> dict[str, Timing]:
+    """All arms on one prompt, a step each in turn, so that a slow moment of the machine meets them all."""
+    running = {name: arm(prompt) for name, arm in table.items()}
+    timings = dict.fromkeys(table, Timing(0.0, 0.0, 0))
+    while running:
+        for name, arm in list(running.items()):
+            before = timings[name]
+            wall, cpu = time.perf_counter(), time.process_time()
+            num_tokens = next(arm, None)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            if num_tokens is None:
+                del running[name]
+            timings[name] = Timing(before.wall_s + wall, before.cpu_s + cpu, num_tokens or before.num_tokens)
+    return timings
 
 
 def ratio(

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from pilotfish.core import Site
 from pilotfish.errors import SettingError
 from pilotfish.models import site_module
+from pilotfish.taps.hook import hook
 
 Phase = Literal["prompt", "generation", "both"]
 
@@ -172,7 +174,7 @@ def edited(model: PreTrainedModel, edits: Sequence[Edit], *, prompt_length: int 
         before = model.base_model.register_forward_pre_hook(call.read, with_kwargs=True)
         hooks.callback(before.remove)
         for edit, module in zip(edits, modules, strict=True):
-            hooks.callback(_attach(module, edit, call).remove)
+            hooks.callback(hook(module, edit.site, partial(_write, edit, call)).remove)
         yield
 
 
@@ -215,25 +217,7 @@ class _Call:
         return (is_text.cumsum(-1) - 1).masked_fill(~is_text, -1)[:, self._num_cached :]
 
 
-def _attach(module: nn.Module, edit: Edit, call: _Call) -> Any:
-    if edit.site.stream == "resid_pre":
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-            if args:
-                return (_write(args[0], edit, call), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": _write(kwargs["hidden_states"], edit, call)}
-
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-
-    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> Tensor | tuple[Any, ...]:
-        if isinstance(output, tuple):
-            return (_write(output[0], edit, call), *output[1:])
-        return _write(output, edit, call)
-
-    return module.register_forward_hook(after)
-
-
-def _write(hidden: Hidden, edit: Edit, call: _Call) -> Hidden:
+def _write(edit: Edit, call: _Call, hidden: Hidden) -> Hidden:
     when = edit.when
     batch, num_new, _ = hidden.shape
     columns = call.columns(when.phase, num_new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pilotfish.core import Site
 from pilotfish.errors import SettingError
 from pilotfish.models import site_module
+from pilotfish.taps.hook import hook
 
 
 class Taps(Mapping[Site, Float[Tensor, "batch token hidden"]]):
@@ -54,19 +55,5 @@ def tapped(model: nn.Module, sites: Sequence[Site]) -> Iterator[Taps]:
     taps = Taps(sites)
     with ExitStack() as hooks:
         for site, module in modules:
-            hooks.callback(_attach(module, site, taps).remove)
+            hooks.callback(hook(module, site, partial(taps._keep, site)).remove)
         yield taps
-
-
-def _attach(module: nn.Module, site: Site, taps: Taps) -> Any:
-    if site.stream == "resid_pre":
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            taps._keep(site, args[0] if args else kwargs["hidden_states"])
-
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-
-    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
-        taps._keep(site, output[0] if isinstance(output, tuple) else output)
-
-    return module.register_forward_hook(after)
