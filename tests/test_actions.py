@@ -22,6 +22,21 @@ def test_a_score_at_the_threshold_is_enough():
     assert decide(STOP, 7, {"m": TokenScore.scored(0.4999)}, LIMITS, in_prompt=False) == ()
 
 
+def test_a_threshold_is_held_against_the_text_so_far_and_not_the_token_alone():
+    late = {"m": TokenScore.scored(0.1, running=0.8)}
+    (verdict,) = decide(STOP, 3, late, LIMITS, in_prompt=False)
+    assert (verdict.score, verdict.reason) == (0.8, "m 0.800 reached the threshold 0.500")
+    assert decide(STOP, 3, {"m": TokenScore.scored(0.9, running=0.2)}, LIMITS, in_prompt=False) == ()
+    assert TokenScore.scored(0.3).running == 0.3, "where a head looks at single tokens, they are one"
+
+
+@pytest.mark.parametrize("running", [float("nan"), -0.1, 1.1, float("inf")])
+def test_a_text_so_far_without_a_probability_leaves_the_token_unscored(running):
+    score = TokenScore.scored(0.2, running=running)
+    assert (score.state, score.value, score.running) == ("unscored", None, None)
+    assert [verdict.action for verdict in decide(STOP, 0, {"m": score}, LIMITS, in_prompt=False)] == ["stop"]
+
+
 @given(value=st.floats(allow_nan=True, allow_infinity=True))
 def test_no_number_that_is_not_a_probability_passes_a_gate(value):
     score = TokenScore.scored(value)

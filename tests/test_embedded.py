@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import seeded_bank
+from conftest import seeded_bank, windowed_bank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +19,7 @@ from pilotfish.engines import (
     ScoreEvent,
     TokenEvent,
 )
+from pilotfish.engines.reader import CachedModel
 from pilotfish.errors import BankMismatch, GenerationError, SettingError
 from pilotfish.heads import HeadBank
 from pilotfish.models import Pair, tiny_model, tiny_pair
@@ -47,12 +48,18 @@ def alone(pair: Pair, generation, max_new_tokens: int) -> list[int]:
 
 
 def offline(pair: Pair, bank: HeadBank, generation, reader: str = "draft") -> torch.Tensor:
+    """Of tokens, then running."""
     model = pair.draft if reader == "draft" else pair.target
-    return score_tokens(model, bank, [token.id for token in generation.tokens])
+    return torch.stack(score_tokens(model, bank, [token.id for token in generation.tokens]))
 
 
 def online(generation, metrics) -> torch.Tensor:
-    return torch.tensor([[token.scores[metric].value for metric in metrics] for token in generation.tokens])
+    return torch.tensor(
+        [
+            [[getattr(token.scores[metric], kind) for metric in metrics] for token in generation.tokens]
+            for kind in ("value", "running")
+        ]
+    )
 
 
 @pytest.mark.parametrize("drafting", DRAFTINGS, ids=str)
@@ -113,9 +120,9 @@ def test_sampled_text_depends_on_the_seed_alone(pair):
 )
 @settings(max_examples=40, deadline=None)
 def test_every_committed_token_is_scored_once_with_the_score_of_one_offline_pass(
-    pair, bank, prompt, drafting, temperature, max_new_tokens, hold, stop, seed
+    pair, windowed, prompt, drafting, temperature, max_new_tokens, hold, stop, seed
 ):
-    engine = EmbeddedEngine(pair, [bank], drafting=drafting)
+    engine = EmbeddedEngine(pair, [windowed], drafting=drafting)
     sampling = Sampling(temperature=temperature)
     request = Request(
         max_new_tokens=max_new_tokens, sampling=sampling, policy=Policy(hold=hold), stop=tuple(stop), seed=seed
@@ -124,18 +131,20 @@ def test_every_committed_token_is_scored_once_with_the_score_of_one_offline_pass
     events = list(stream)
     generation = stream.generation
     assert generation.misses().total() == 0
-    assert torch.allclose(online(generation, bank.metrics), offline(pair, bank, generation), atol=1e-5)
+    assert torch.allclose(online(generation, windowed.metrics), offline(pair, windowed, generation), atol=1e-5)
     emitted = [event.token.position for event in events if isinstance(event, TokenEvent)]
     assert emitted == list(range(generation.num_prompt_tokens, len(generation.tokens)))
-    at_once = [event.token.position for event in events if isinstance(event, TokenEvent) and event.scores["wide"].value]
+    at_once = [
+        event.token.position for event in events if isinstance(event, TokenEvent) and event.scores["linear 4"].value
+    ]
     later = [event.token.position for event in events if isinstance(event, ScoreEvent)]
     assert sorted(at_once + later) == list(range(len(generation.tokens)))
     if hold:
         assert at_once == emitted
 
 
-def test_a_drafted_token_counts_as_look_ahead_until_it_is_accepted(pair, bank):
-    engine = EmbeddedEngine(pair, [bank], drafting=Drafting(length=4))
+def test_a_drafted_token_counts_as_look_ahead_until_it_is_accepted(pair, windowed):
+    engine = EmbeddedEngine(pair, [windowed], drafting=Drafting(length=4))
     stream = engine.stream(PROMPT, Request(max_new_tokens=40))
     rounds = [event.round for event in stream if isinstance(event, RoundEvent)]
     tokens = stream.generation.tokens
@@ -147,18 +156,17 @@ def test_a_drafted_token_counts_as_look_ahead_until_it_is_accepted(pair, bank):
                 assert index == len(item.drafted) - 1, "only the last drafted token is unread"
                 continue
             text = ids[: item.start] + [token.id for token in item.drafted[: index + 1]]
-            expected = score_tokens(pair.draft, bank, text)[-1]
-            assert [drafted.scores[metric].value for metric in bank.metrics] == pytest.approx(
-                expected.tolist(), abs=1e-5
-            )
+            expected = score_tokens(pair.draft, windowed, text)
+            for kind, values in (("value", expected.tokens), ("running", expected.running)):
+                found = [getattr(drafted.scores[metric], kind) for metric in windowed.metrics]
+                assert found == pytest.approx(values[-1].tolist(), abs=1e-5)
             rejected += not drafted.is_accepted
     assert rejected > 0
 
 
 def test_stop_lets_out_no_token_at_or_after_the_first_one_over_the_threshold(pair, bank):
     free = EmbeddedEngine(pair, [bank]).generate(PROMPT, Request(max_new_tokens=40))
-    scores = online(free, bank.metrics)[:, 0]
-    answer = scores[free.num_prompt_tokens :]
+    answer = online(free, bank.metrics)[1, free.num_prompt_tokens :, 0]
     for threshold in answer.sort().values[[5, 20, 35]].tolist():
         for drafting in DRAFTINGS:
             engine = EmbeddedEngine(pair, [bank], drafting=drafting)
@@ -199,15 +207,15 @@ class BrokenBank(HeadBank):
         self.what, self.calls_left = what, after
         return self
 
-    def probabilities(self, features):
+    def channels(self, features):
         self.calls_left -= 1
         if self.calls_left >= 0:
-            return super().probabilities(features)
+            return super().channels(features)
         if self.what == "raise":
             raise RuntimeError("injected")
         if self.what == "shape":
-            return super().probabilities(features)[:0]
-        return super().probabilities(features) * float("nan")
+            return super().channels(features)[:0]
+        return super().channels(features) * float("nan")
 
 
 @pytest.mark.parametrize("what", ["raise", "shape", "nan"])
@@ -220,7 +228,7 @@ def test_a_head_that_fails_leaves_unscored_tokens_that_observe_counts_and_stop_s
     observed = EmbeddedEngine(pair, [broken()]).generate(PROMPT, Request(max_new_tokens=30))
     misses = observed.misses()
     assert misses.total() > 0
-    assert all("injected" in m or "rows of scores" in m or "not a probability" in m for m in misses)
+    assert all("injected" in m or "rows of features" in m or "not a probability" in m for m in misses)
     assert ids_of(observed) == ids_of(EmbeddedEngine(pair).generate(PROMPT, Request(max_new_tokens=30)))
     never = Rule(metric="wide", action="stop", threshold=1.0)
     stopped = EmbeddedEngine(pair, [broken()]).generate(
@@ -238,7 +246,7 @@ def test_without_a_draft_the_heads_read_the_target_and_the_output_says_so(pair):
     assert {token.scores["wide"].reader for token in generation.tokens} == {"target"}
     assert dict(generation.misses()) == {"the last tokens: reading them would cost one more pass": 1}
     scored = generation.tokens[:-1]
-    expected = offline(single, bank, generation, "target")[:-1, 0]
+    expected = offline(single, bank, generation, "target")[0, :-1, 0]
     assert [token.scores["wide"].value for token in scored] == pytest.approx(expected.tolist(), abs=1e-5)
     held = EmbeddedEngine(single, [bank]).generate(PROMPT, Request(max_new_tokens=20, policy=Policy(hold=True)))
     assert held.misses().total() == 0
@@ -267,7 +275,7 @@ def test_where_speculation_does_not_pay_the_heads_move_to_the_target():
 @pytest.mark.parametrize("hold", [False, True])
 def test_where_only_the_draft_has_heads_a_pause_is_read_at_a_cost_that_is_counted(hold):
     pair = stubborn_pair()
-    bank = seeded_bank(pair, reader="draft")
+    bank = windowed_bank(pair)
     request = Request(max_new_tokens=60, policy=Policy(hold=hold))
     generation = EmbeddedEngine(pair, [bank]).generate(PROMPT, request)
     assert generation.misses().total() == 0
@@ -298,13 +306,13 @@ def test_a_stop_string_ends_the_answer_before_it(pair, bank):
     assert cut.finish_reason == "stop_string"
 
 
-def test_the_last_token_of_a_long_prompt_is_read_in_chunks_with_the_same_scores(pair, bank, monkeypatch):
-    engine = EmbeddedEngine(pair, [bank])
+def test_the_last_token_of_a_long_prompt_is_read_in_chunks_with_the_same_scores(pair, windowed, monkeypatch):
+    engine = EmbeddedEngine(pair, [windowed])
     whole = engine.generate("word " * 30, Request(max_new_tokens=8))
     monkeypatch.setattr("pilotfish.engines.reader.CHUNK", 16)
     chunked = engine.generate("word " * 30, Request(max_new_tokens=8))
     assert ids_of(chunked) == ids_of(whole)
-    assert torch.allclose(online(chunked, bank.metrics), online(whole, bank.metrics), atol=1e-5)
+    assert torch.allclose(online(chunked, windowed.metrics), online(whole, windowed.metrics), atol=1e-5)
 
 
 def test_what_the_engine_refuses_it_says_how_to_mend(pair, bank):
@@ -323,8 +331,17 @@ def test_what_the_engine_refuses_it_says_how_to_mend(pair, bank):
         Request(stop=("",))
     with pytest.raises(BankMismatch, match="fits no model of this pair"):
         EmbeddedEngine(tiny_pair(seed=7), [bank])
-    with pytest.raises(BankMismatch, match="two banks were made for the draft"):
+    with pytest.raises(SettingError, match=r"one a metric; given were .*'wide', 'narrow', 'wide', 'narrow'"):
         EmbeddedEngine(pair, [bank, bank])
+
+
+def test_banks_of_one_model_are_read_in_one_go(pair, bank, windowed):
+    together, *alone = (
+        EmbeddedEngine(pair, banks).generate(PROMPT, Request(max_new_tokens=20))
+        for banks in ([bank, windowed], [bank], [windowed])
+    )
+    expected = torch.cat([online(alone[0], bank.metrics), online(alone[1], windowed.metrics)], dim=-1)
+    assert torch.allclose(online(together, [*bank.metrics, *windowed.metrics]), expected, atol=1e-6)
 
 
 def test_several_turns_are_one_prompt(pair, bank):
@@ -361,3 +378,62 @@ def test_without_a_flush_the_last_tokens_are_declared_misses_and_nothing_else_ch
     )
     held = Request(max_new_tokens=40, flush=False, policy=Policy(hold=True))
     assert engine.generate(PROMPT, held).misses().total() == 0
+
+
+PIECES = st.lists(st.tuples(st.lists(st.integers(0, 255), min_size=1, max_size=6), st.integers(0, 6)), max_size=8)
+
+
+@given(first=st.lists(st.integers(0, 255), min_size=1, max_size=12), pieces=PIECES)
+@settings(max_examples=30, deadline=None)
+def test_after_any_reads_and_rollbacks_the_scores_are_those_of_the_text_that_is_left(pair, windowed, first, pieces):
+    model = CachedModel(pair.draft, "draft", windowed)
+    model.read(first)
+    text, scores = list(first), model.take_scores()
+    for ids, num_kept in pieces:
+        model.read(ids)
+        kept = min(num_kept, len(ids))
+        scores = [*scores, *model.take_scores()[:kept]]
+        text += ids[:kept]
+        model.rollback(len(text))
+    expected = score_tokens(pair.draft, windowed, text)
+    for kind, values in (("value", expected.tokens), ("running", expected.running)):
+        found = torch.tensor([[getattr(score[metric], kind) for metric in windowed.metrics] for score in scores])
+        assert torch.allclose(found, values, atol=1e-5)
+
+
+class FlakyBank(HeadBank):
+    """A real bank that fails at some calls and then works again, before or after the channels are there."""
+
+    def fail_at(self, calls, where):
+        self.calls, self.where, self.num_calls = calls, where, 0
+        return self
+
+    def channels(self, features):
+        self.num_calls += 1
+        if self.where == "channels" and self.num_calls in self.calls:
+            raise RuntimeError("injected")
+        return super().channels(features)
+
+    def score(self, channels, num_new):
+        if self.where == "score" and self.num_calls in self.calls:
+            raise RuntimeError("injected")
+        return super().score(channels, num_new)
+
+
+@pytest.mark.parametrize("where", ["channels", "score"])
+@pytest.mark.parametrize("calls", [{1}, {2}, {3, 6}, {4, 5}])
+def test_no_number_is_made_of_tokens_that_a_head_failed_on(pair, windowed, calls, where):
+    flaky = FlakyBank(windowed.heads, pair.draft_identity).fail_at(calls, where)
+    generation = EmbeddedEngine(pair, [flaky], drafting=Drafting(length=3)).generate(PROMPT, Request(max_new_tokens=40))
+    expected = offline(pair, windowed, generation)
+    failed = {token.position for token in generation.tokens if "injected" in token.scores["linear 4"].reason}
+    assert failed
+    for column, head in enumerate(windowed.heads):
+        for token in generation.tokens:
+            score = token.scores[head.metric]
+            looked_at = range(max(0, token.position - head.form.window + 1), token.position + 1)
+            if failed.isdisjoint(looked_at):
+                found = (score.value, score.running)
+                assert found == pytest.approx(expected[:, token.position, column].tolist(), abs=1e-5)
+            else:
+                assert score.state == "unscored"

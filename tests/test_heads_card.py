@@ -7,12 +7,15 @@ import json
 import pytest
 
 from pilotfish.errors import ArtefactError
-from pilotfish.heads import CalibrationCard, Card, DataCard, Measured, ThresholdCard
+from pilotfish.heads import CalibrationCard, Card, DataCard, HeadCard, Measured, ThresholdCard
 from pilotfish.models import Identity
 
 CARD = Card(
     identity=Identity("m", "w" * 64, "t" * 64, 4, 3, 100),
-    sites={"a": ("1.resid_post", "final"), "b": ("final",)},
+    heads={
+        "a": HeadCard(sites=("1.resid_post", "final"), kind="linear", width=2, window=16),
+        "b": HeadCard(sites=("final",), kind="attention", width=1, window=10),
+    },
     weights_sha256="0" * 64,
     data=(DataCard(source="SVEN", license="MIT", num_rows=2, num_tokens=30, role="train"),),
     metrics={
@@ -25,7 +28,7 @@ CARD = Card(
             threshold=0.5, budget=0.01, num_benign=600, num_flagged=1, fpr_upper=0.008, benign_source="HaluEval"
         )
     },
-    calibration={"a": CalibrationCard(scale=1.5, shift=-2.0, num_tokens=100, share_positive=0.1)},
+    calibration={"a/token": CalibrationCard(scale=1.5, shift=-2.0, num_items=100, share_positive=0.1)},
     better_than_words={"a": True, "b": False},
     not_for="naïve use",
     run={"seed": 0, "config": {"budget": 0.01}},
@@ -39,7 +42,7 @@ def test_a_card_survives_a_round_trip(tmp_path):
 
 def test_a_subset_keeps_only_what_is_said_of_its_metrics():
     part = CARD.subset(["b"])
-    assert set(part.sites) == set(part.better_than_words) == {"b"}
+    assert set(part.heads) == set(part.better_than_words) == {"b"}
     assert set(part.metrics) == {"b/auroc_token"}
     assert part.thresholds == part.calibration == part.baselines == {}
     assert (part.identity, part.data, part.not_for, part.run) == (CARD.identity, CARD.data, CARD.not_for, CARD.run)
@@ -52,7 +55,8 @@ PLACES = [
     ("metrics", "a/auroc_token"),
     ("baselines", "a/auroc_token/words"),
     ("thresholds", "a"),
-    ("calibration", "a"),
+    ("calibration", "a/token"),
+    ("heads", "b"),
 ]
 
 
@@ -75,7 +79,7 @@ def test_a_missing_key_is_refused_by_name_wherever_it_stood(place, tmp_path):
 
 
 @pytest.mark.parametrize("value", [["x"], "text", 3, None], ids=str)
-@pytest.mark.parametrize("key", ["identity", "sites", "data", "metrics", "thresholds"])
+@pytest.mark.parametrize("key", ["identity", "heads", "data", "metrics", "thresholds"])
 def test_a_part_of_another_kind_is_refused(key, value, tmp_path):
     with pytest.raises(ArtefactError, match="card"):
         Card.load(rewritten(tmp_path, written(tmp_path) | {key: value}))

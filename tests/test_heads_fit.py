@@ -1,4 +1,4 @@
-"""The one fit loop, on sources in memory whose labels are known to be learnable or not."""
+"""The one fit loop on token labels, in memory, whose labels are known to be learnable or not."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from torch import Tensor
 
 from pilotfish.core import Site
 from pilotfish.errors import ArtefactError, SettingError, TextError
-from pilotfish.heads import FitConfig, FitResult, LinearReadout, fit
+from pilotfish.heads import Example, FitConfig, FitResult, Form, fit
+from pilotfish.heads.examples import Rows
+from pilotfish.heads.readout import Readout
 from pilotfish.models import Pair, evenly_spaced_sites
 from pilotfish.scores import auroc
 from pilotfish.taps import TokenRow, record
 
-CONFIG = FitConfig(
-    epochs=12, batch_tokens=64, buffer_tokens=256, learning_rate=0.02, weight_decays=(0.01, 1.0), patience=12
-)
+ALONE = Form(width=1, window=1)
+"""Of single tokens."""
+CONFIG = FitConfig(form=ALONE, epochs=12, batch_tokens=64, learning_rate=0.02, weight_decays=(0.01, 1.0), patience=12)
 NUM_FEATURES = 12
 
 
-class Rows:
+class Memory:
     """Activations in memory."""
 
     def __init__(self, features: dict[str, Tensor]) -> None:
@@ -56,11 +58,15 @@ def planted(
     return features, labels, direction / scale
 
 
+def labelled(labels: dict[str, Tensor]) -> dict[str, Example]:
+    return {row: Example(values) for row, values in labels.items()}
+
+
 def fitted(train: tuple[dict, dict], validation: tuple[dict, dict], *, seed: int = 0, config=CONFIG) -> FitResult:
     return fit(
-        Rows(train[0]),
-        Rows(validation[0]),
-        train[1] | validation[1],
+        Memory(train[0]),
+        Memory(validation[0]),
+        labelled(train[1] | validation[1]),
         config=config,
         quality=auroc,
         generator=random(seed),
@@ -76,7 +82,7 @@ def test_a_planted_direction_is_recovered_through_unequal_means_and_scales(sides
     result = fitted(*sides)
     direction = planted(1)[2]
     scale = 10.0 ** torch.linspace(-2, 2, NUM_FEATURES)
-    cosine = torch.cosine_similarity(result.weight * scale, direction * scale, dim=0)
+    cosine = torch.cosine_similarity(result.weight[0] * scale, direction * scale, dim=0)
     assert cosine > 0.97
     features, labels, _ = planted(3, name="test")
     logits = result.head("m", (Site(-1, "final"),)).logits(torch.cat(list(features.values())))
@@ -97,8 +103,8 @@ def test_labels_without_a_signal_give_an_auroc_of_one_half_on_fresh_rows():
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(sides):
     first, second, other = fitted(*sides), fitted(*sides), fitted(*sides, seed=1)
-    assert torch.equal(first.weight, second.weight)
-    assert first[1:] == second[1:]
+    assert torch.equal(first.weight, second.weight) and torch.equal(first.bias, second.bias)
+    assert (first.chosen, str(first.history)) == (second.chosen, str(second.history))
     assert not torch.equal(first.weight, other.weight)
 
 
@@ -115,7 +121,7 @@ def test_features_of_unlabelled_tokens_have_no_influence(sides):
 
     zeros, huge, broken = with_gap(0.0), with_gap(1e30), with_gap(math.nan)
     assert torch.equal(zeros.weight, huge.weight) and torch.equal(zeros.weight, broken.weight)
-    assert zeros.bias == huge.bias == broken.bias
+    assert float(zeros.bias) == float(huge.bias) == float(broken.bias)
 
 
 def test_rows_without_any_label_change_nothing_but_the_order(sides):
@@ -124,23 +130,24 @@ def test_rows_without_any_label_change_nothing_but_the_order(sides):
     gaps = labels | {"unread": torch.full((5,), math.nan)}
     result = fitted((extra, gaps), validation)
     assert bool(torch.isfinite(result.weight).all())
-    assert result.quality == pytest.approx(fitted(*sides).quality, abs=0.01)
+    assert result.chosen["both"].quality == pytest.approx(fitted(*sides).chosen["both"].quality, abs=0.01)
 
 
 def test_what_is_returned_is_the_best_of_the_history(sides):
     result = fitted(*sides)
-    top = max(max(epoch.qualities) for epoch in result.history)
-    assert result.quality == top
-    assert result.quality in result.history[result.epoch].qualities
-    column = result.history[result.epoch].qualities.index(top)
-    assert result.weight_decay == CONFIG.weight_decays[column]
+    top = max(max(epoch.token) for epoch in result.history)
+    best = result.chosen["both"]
+    assert best.quality == top
+    column = result.history[best.epoch].token.index(top)
+    assert best.weight_decay == CONFIG.weight_decays[column]
+    assert all(math.isnan(value) for epoch in result.history for value in epoch.response)
     logits = result.head("m", (Site(-1, "final"),)).logits(torch.cat(list(sides[1][0].values())))
     assert auroc(logits, torch.cat(list(sides[1][1].values()))) == pytest.approx(top, abs=1e-4)
 
 
 def test_the_fit_stops_when_validation_no_longer_gets_better(sides):
     result = fitted(*sides, config=dataclasses.replace(CONFIG, epochs=40, patience=2))
-    assert len(result.history) == result.epoch + 3 < 40
+    assert len(result.history) == result.chosen["both"].epoch + 3 < 40
 
 
 def test_a_stronger_decay_gives_smaller_weights(sides):
@@ -154,7 +161,7 @@ def test_a_stronger_decay_gives_smaller_weights(sides):
 def test_candidates_side_by_side_are_what_each_is_alone(sides):
     def only(decays: tuple[float, ...]) -> list[tuple[float, ...]]:
         config = dataclasses.replace(CONFIG, weight_decays=decays, patience=100)
-        return [epoch.qualities for epoch in fitted(*sides, config=config).history]
+        return [epoch.token for epoch in fitted(*sides, config=config).history]
 
     both, first, second = only((0.01, 5.0)), only((0.01,)), only((5.0,))
     for pair, one, two in zip(both, first, second, strict=True):
@@ -175,14 +182,14 @@ def test_a_balanced_fit_puts_the_boundary_between_rare_positives_and_the_rest():
     for is_balanced in (True, False):
         calls = itertools.count()  # a quality that grows, so that the last pass is kept
         result = fit(
-            Rows(sides[0][0]),
-            Rows(sides[1][0]),
-            labels,
+            Memory(sides[0][0]),
+            Memory(sides[1][0]),
+            labelled(labels),
             config=dataclasses.replace(config, is_balanced=is_balanced),
             quality=lambda logits, targets, calls=calls: float(next(calls)),
             generator=random(0),
         )
-        boundaries.append(-result.bias / float(result.weight[0]))
+        boundaries.append(-float(result.bias) / float(result.weight))
     middle, shifted = boundaries
     assert abs(middle - 2.0) < 0.4 < shifted - middle
 
@@ -191,54 +198,88 @@ def test_a_constant_feature_is_not_read():
     (features, labels), validation = planted(1, name="train")[:2], planted(2, name="validation")[:2]
     for values in (*features.values(), *validation[0].values()):
         values[:, 3] = 7.25
-    assert fitted((features, labels), validation).weight[3] == 0.0
-
-
-def test_a_cap_on_tokens_per_row_reads_at_most_so_many_and_still_learns(sides):
-    result = fitted(*sides, config=dataclasses.replace(CONFIG, tokens_per_row=10, epochs=25))
-    assert result.quality > 0.9
+    assert fitted((features, labels), validation).weight[0, 3] == 0.0
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 30), min_size=2, max_size=8),
-    batch_tokens=st.integers(1, 20),
-    buffer_tokens=st.integers(1, 40),
+    lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 3)), min_size=2, max_size=8),
+    batch_tokens=st.integers(1, 40),
     seed=st.integers(0, 100),
 )
-def test_every_labelled_token_is_read_once_a_pass_whatever_the_buffer(lengths, batch_tokens, buffer_tokens, seed):
-    from pilotfish.heads.fit import _Tokens
-
-    features = {f"r{i}": torch.arange(n)[:, None] + 100.0 * i for i, n in enumerate(lengths)}
+def test_a_pass_reads_every_labelled_token_once_in_batches_of_about_the_size_asked_for(lengths, batch_tokens, seed):
+    features = {f"r{i}": torch.arange(n)[:, None] + 100.0 * i for i, (n, _) in enumerate(lengths)}
     labels = {row: torch.where(values[:, 0] % 3 == 1, math.nan, values[:, 0] % 2) for row, values in features.items()}
-    config = FitConfig(batch_tokens=batch_tokens, buffer_tokens=buffer_tokens)
-    tokens = _Tokens(Rows(features), labels, config, random(seed))
-    read = [
-        (f, y) for batch in tokens.batches() for f, y in zip(batch[0][:, 0].tolist(), batch[1].tolist(), strict=True)
-    ]
-    wanted = [
+    twins = {f"r{i}": f"t{twin}" if twin else "" for i, (_, twin) in enumerate(lengths)}
+    examples = {row: Example(labels[row], twin=twins[row]) for row in features}
+    rows = Rows(Memory(features), examples, batch_tokens=batch_tokens, window=1)
+    read, seen = [], []
+    largest = max(sum(n for n, other in lengths if other and other == twin) or n for n, twin in lengths)
+    for batch in rows.batches(random(seed)):
+        parts = batch.split(batch.features)
+        assert len(batch.features) == sum(map(len, parts)) < batch_tokens + largest
+        for row, part in zip(batch.rows, parts, strict=True):
+            assert torch.equal(part, row.features)
+            read += list(zip(part[:, 0].tolist(), row.labels.tolist(), strict=True))
+        seen.append({row.twin for row in batch.rows} - {""})
+    assert sorted(read) == sorted(
         (f, y)
         for row in features
         for f, y in zip(features[row][:, 0].tolist(), labels[row].tolist(), strict=True)
         if y == y
-    ]
-    assert sorted(read) == sorted(wanted)
+    )
+    assert all(not a & b for a, b in itertools.combinations(seen, 2)), "twins stand in one batch"
 
 
-@settings(max_examples=25, deadline=None)
+def test_a_row_with_a_response_keeps_the_window_before_it_and_nothing_after():
+    features, nan = torch.arange(10.0)[:, None], math.nan
+    labels = torch.tensor([nan, nan, 1.0, *[nan] * 7])
+    in_response = torch.tensor([False] * 5 + [True] * 3 + [False] * 2)
+
+    def kept(window: int, example: Example) -> list[float]:
+        rows = Rows(Memory({"r": features}), {"r": example}, batch_tokens=100, window=window)
+        return [value for batch in rows.batches() for value in batch.features[:, 0].tolist()]
+
+    unlabelled = torch.full((10,), nan)
+    assert kept(3, Example(unlabelled, 1.0, in_response)) == [3, 4, 5, 6, 7]
+    assert kept(1, Example(unlabelled, 1.0, in_response)) == [5, 6, 7]
+    assert kept(2, Example(labels, 1.0, in_response)) == [1, 2, 3, 4, 5, 6, 7], "a labelled token is read as well"
+    assert kept(9, Example(unlabelled, 1.0, None)) == list(range(10))
+    assert kept(9, Example(labels, nan, in_response)) == [2], "without a response's label only labelled tokens are"
+
+
+def test_the_standardiser_is_the_mean_and_the_deviation_of_what_is_read(sides):
+    features, labels = sides[0]
+    rows = Rows(Memory(features), labelled(labels), batch_tokens=50, window=1)
+    mean, inverse = rows.standardiser()
+    whole = torch.cat(list(features.values())).double()
+    torch.testing.assert_close(mean.double(), whole.mean(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(inverse.double(), 1 / whole.std(0, correction=0), atol=0, rtol=1e-4)
+
+
+FORMS = [ALONE, Form(), *(Form(kind=kind) for kind in ("mlp", "attention", "multimax"))]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000))
-def test_the_folded_weights_are_the_readout_over_standardised_features(seed):
+def test_the_folded_weights_are_the_readout_over_standardised_features(form, seed):
     draw = random(seed)
     mean, inverse = torch.randn(6, generator=draw), torch.rand(6, generator=draw) + 0.1
-    readout = LinearReadout(mean, inverse, 3)
+    readout = Readout(form, mean, inverse, 3, generator=draw)
     with torch.no_grad():
-        readout.weight.copy_(torch.randn(3, 6, generator=draw))
-        readout.bias.copy_(torch.randn(3, generator=draw))
+        for parameter in readout.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw))
     features = torch.randn(9, 6, generator=draw)
-    expected = ((features - mean) * inverse) @ readout.weight.T + readout.bias
+    expected = torch.einsum("tf,kcf->tkc", (features - mean) * inverse, readout.weight) + readout.bias
     assert torch.allclose(readout(features), expected, atol=1e-5)
-    weight, bias = readout.folded(1)
-    assert torch.allclose(features @ weight + bias, expected[:, 1], atol=1e-5)
+    weight, bias, outputs = readout.folded(1)
+    assert torch.allclose(features @ weight.T + bias, expected[:, 1], atol=1e-4)
+    assert torch.equal(outputs, readout.outputs[1])
+    with torch.no_grad():
+        readout.outputs.zero_()
+        readout.weight.zero_()
+    assert bool(weight.any()) and bool(outputs.any()) == bool(form.num_outputs), "what is kept does not train on"
 
 
 def test_a_recording_on_disk_gives_what_the_same_activations_in_memory_give(pair: Pair, tmp_path):
@@ -247,14 +288,14 @@ def test_a_recording_on_disk_gives_what_the_same_activations_in_memory_give(pair
     recording = record(
         pair.target, evenly_spaced_sites(pair.target, 2), rows, tmp_path, identity_hash="x", shard_tokens=64
     )
-    in_memory = Rows({row: recording.features(row) for row in recording.row_ids})
+    in_memory = Memory({row: recording.features(row) for row in recording.row_ids})
     labels = {row.id: (torch.tensor(row.token_ids) % 2).float() for row in rows}
     results = [
-        fit(source, source, labels, config=CONFIG, quality=auroc, generator=random(0))
+        fit(source, source, labelled(labels), config=CONFIG, quality=auroc, generator=random(0))
         for source in (recording, in_memory)
     ]
     assert torch.equal(results[0].weight, results[1].weight)
-    assert results[0].quality > 0.7, "whether a token id is even can be read off its embedding"
+    assert results[0].chosen["both"].quality > 0.7, "whether a token id is even can be read off its embedding"
 
 
 def test_activations_in_bfloat16_are_taken_as_they_are(sides):
@@ -263,14 +304,20 @@ def test_activations_in_bfloat16_are_taken_as_they_are(sides):
     assert torch.equal(fitted(*halves).weight, fitted(*wide).weight)
 
 
-def test_one_sided_labels_are_refused_with_the_count(sides):
+def test_one_sided_labels_are_refused_with_the_shares(sides):
     (features, labels), validation = sides
     zeros = {row: torch.zeros_like(values) for row, values in labels.items()}
-    with pytest.raises(TextError, match=r"training rows have \d+ labelled tokens and a share of positives of 0"):
+    with pytest.raises(TextError, match=r"positives is 0 of the training tokens and 0 of their responses, 0\.\d+ and"):
         fitted((features, zeros), validation)
     nothing = {row: torch.full_like(values, math.nan) for row, values in validation[1].items()}
-    with pytest.raises(TextError, match="validation rows have 0 labelled tokens"):
+    with pytest.raises(TextError, match=r"0 and 0 on validation; a head needs positive and negative ones on both"):
         fitted(sides[0], (validation[0], nothing))
+
+
+def test_a_form_of_two_channels_is_refused_where_responses_have_no_labels(sides):
+    words = r"Give more documents, or a form of one channel \(width 1\) where only one kind is labelled"
+    with pytest.raises(TextError, match=words):
+        fitted(*sides, config=dataclasses.replace(CONFIG, form=Form(width=2)))
 
 
 def test_labels_of_another_length_are_refused_by_row(sides):
@@ -298,9 +345,14 @@ def test_activations_that_are_not_finite_are_refused(value, sides):
     ("setting", "words"),
     [
         ({"epochs": 0}, "epochs is 0; give 1 or more"),
-        ({"tokens_per_row": -1}, "tokens_per_row is -1"),
-        ({"learning_rate": 0.0}, "learning rate 0.0"),
-        ({"learning_rate": math.nan}, "learning rate nan"),
+        ({"batch_tokens": -1}, "batch_tokens is -1"),
+        ({"learning_rate": 0.0}, "learning_rate 0.0 is not a positive number"),
+        ({"learning_rate": math.nan}, "learning_rate nan"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"contrast": -1.0}, "contrast and segment_variance are weights of 0 or more"),
+        ({"segment_variance": -0.1}, "weights of 0 or more"),
+        ({"span_max": 1.5}, r"span_max a share in \[0, 1\]"),
+        ({"top_k": 0}, "top_k 0"),
         ({"weight_decays": ()}, "weight decays"),
         ({"weight_decays": (1e9,)}, "less than 1 / learning rate"),
     ],

@@ -1,4 +1,4 @@
-"""Platt scaling, exact binomial bounds, and thresholds that keep a budget."""
+"""Platt scaling and isotonic regression, exact binomial bounds, and thresholds that keep a budget."""
 
 import math
 
@@ -11,8 +11,12 @@ from scipy.stats import binom
 from pilotfish.errors import SettingError, TextError
 from pilotfish.runs import generator
 from pilotfish.scores import (
+    Isotonic,
+    Platt,
+    choose_calibration,
     clopper_pearson,
     clopper_pearson_upper,
+    isotonic,
     num_benign_needed,
     platt,
     threshold_at_budget,
@@ -70,6 +74,140 @@ def test_platt_refuses_labels_of_one_kind(label):
 def test_platt_refuses_what_is_not_finite(logit, label):
     with pytest.raises(SettingError, match="not finite"):
         platt(torch.tensor([0.0, logit]), torch.tensor([0.0, label]))
+
+
+def test_isotonic_pools_what_falls_and_draws_lines_between():
+    found = isotonic(torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0]))
+    assert found.logits.tolist() == [0.0, 1.0, 3.0, 4.0]
+    assert found.probabilities.tolist() == pytest.approx([0.0, 1 / 3, 1 / 3, 1.0])
+    at = torch.tensor([-9.0, 0.5, 2.2, 3.5, 9.0, math.nan, math.inf])
+    expected = torch.tensor([0.0, 1 / 6, 1 / 3, 2 / 3, 1.0, math.nan, 1.0])
+    torch.testing.assert_close(found.probability(at), expected, equal_nan=True)
+
+
+def test_isotonic_counts_weights_and_ties():
+    found = isotonic(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0]), torch.tensor([6.0, 2.0, 1.0]))
+    assert found.logits.tolist() == [0.0, 1.0]
+    assert found.probabilities.tolist() == pytest.approx([7 / 9, 7 / 9])
+
+
+def test_isotonic_of_constant_logits_is_the_share_of_positives():
+    found = isotonic(torch.full((4,), 2.0), torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    assert found.probability(torch.tensor([[-1.0, 2.0], [5.0, 2.0]])).tolist() == [[0.25, 0.25], [0.25, 0.25]]
+
+
+@given(seed=st.integers(0, 10_000), count=st.integers(2, 40), spread=st.sampled_from([0.3, 3.0]))
+@settings(deadline=None, max_examples=25)
+def test_isotonic_is_the_min_max_of_weighted_means_and_never_falls(seed, count, spread):
+    random = generator(seed, "isotonic")
+    logits = (torch.randn(count, generator=random, dtype=torch.float64) * spread).round(decimals=1)
+    labels = torch.bernoulli(logits.sigmoid(), generator=random)
+    labels[:2] = torch.tensor([0.0, 1.0])
+    weights = torch.rand(count, generator=random, dtype=torch.float64) + 0.1
+    found = isotonic(logits, labels, weights)
+    at = logits.unique()
+
+    def mean(low: float, high: float) -> float:
+        between = (logits >= low) & (logits <= high)
+        return float((weights * labels)[between].sum() / weights[between].sum())
+
+    expected = [max(min(mean(a, b) for b in at.tolist() if b >= z) for a in at.tolist() if a <= z) for z in at.tolist()]
+    assert found.probability(at).tolist() == pytest.approx(expected, abs=1e-9)
+    everywhere = found.probability(torch.linspace(-10, 10, 999))
+    assert bool((everywhere.diff() >= 0).all())
+    assert 0.0 <= float(everywhere.min()) <= float(everywhere.max()) <= 1.0
+
+
+def test_isotonic_gives_what_scikit_learn_gives():
+    module = pytest.importorskip("sklearn.isotonic")
+    random = generator(3, "isotonic")
+    logits = torch.randn(3000, generator=random, dtype=torch.float64).round(decimals=2)
+    labels = torch.bernoulli((2 * logits).sigmoid(), generator=random)
+    weights = torch.rand(3000, generator=random, dtype=torch.float64) + 0.1
+    theirs = module.IsotonicRegression(out_of_bounds="clip").fit(logits.numpy(), labels.numpy(), weights.numpy())
+    at = torch.linspace(-5, 5, 4001, dtype=torch.float64)
+    found = isotonic(logits, labels, weights).probability(at)
+    torch.testing.assert_close(found, torch.from_numpy(theirs.predict(at.numpy())), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan])
+def test_isotonic_refuses_a_weight_that_does_not_count(weight):
+    with pytest.raises(SettingError, match="weight is not a positive number"):
+        isotonic(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, weight]))
+
+
+def test_isotonic_refuses_labels_of_one_kind():
+    with pytest.raises(TextError, match="needs both labels"):
+        isotonic(torch.tensor([0.0, 1.0]), torch.ones(2))
+
+
+def drawn(kind: str, count: int = 4000, num_groups: int = 200):
+    """Logits with labels whose log-odds are a line in them, or a step."""
+    random = generator(5, kind)
+    logits = torch.randn(count, generator=random) * 2
+    odds = 1.5 * logits - 1 if kind == "line" else torch.where(logits.abs() > 3, logits.sign() * 4, -1.0)
+    return logits, torch.bernoulli(odds.sigmoid(), generator=random), [f"g{i % num_groups}" for i in range(count)]
+
+
+def test_a_step_is_calibrated_by_the_isotonic_map_and_a_line_by_platt():
+    step, line = choose_calibration(*drawn("step")), choose_calibration(*drawn("line"))
+    assert isinstance(step.found, Isotonic)
+    assert step.isotonic_loss < step.platt_loss
+    assert "lower loss on held-out groups" in step.reason
+    assert line.found == platt(*drawn("line")[:2])
+    assert "not shown to be better" in line.reason
+
+
+def test_the_choice_does_not_depend_on_the_order_of_rows():
+    logits, labels, groups = drawn("step")
+    order = torch.randperm(len(groups), generator=generator(0, "order"))
+    there, back = (
+        choose_calibration(logits, labels, groups),
+        choose_calibration(logits[order], labels[order], [groups[i] for i in order]),
+    )
+    assert (there.platt_loss, there.isotonic_loss) == pytest.approx((back.platt_loss, back.isotonic_loss))
+    assert isinstance(back.found, Isotonic)
+
+
+def test_one_document_that_is_learned_by_heart_does_not_win_the_choice():
+    """Labels that follow the document, not the logit: whole documents are held out, so there is nothing to gain."""
+    random = generator(7, "documents")
+    documents = torch.randn(40, generator=random) * 2
+    logits = (documents[:, None] + 0.01 * torch.randn(40, 50, generator=random)).flatten()
+    labels = (torch.rand(40, generator=random) < 0.5).float()[:, None].expand(40, 50).flatten()
+    by_document = choose_calibration(logits, labels, [f"d{i // 50}" for i in range(2000)])
+    by_token = choose_calibration(logits, labels, [f"t{i}" for i in range(2000)])
+    assert isinstance(by_document.found, Platt)
+    assert isinstance(by_token.found, Isotonic), "else the grouping is not what this test shows"
+
+
+@pytest.mark.parametrize(("count", "num_groups"), [(999, 200), (4000, 19)])
+def test_a_small_sample_falls_to_platt(count, num_groups):
+    found = choose_calibration(*drawn("step", count, num_groups))
+    assert isinstance(found.found, Platt)
+    assert math.isnan(found.platt_loss)
+    assert "too few to choose by" in found.reason
+
+
+def test_a_label_that_stands_in_one_document_alone_falls_to_platt():
+    logits, _, groups = drawn("line")
+    only = torch.tensor([float(group == "g7") for group in groups])
+    assert isinstance(choose_calibration(logits, only, groups).found, Platt)
+
+
+def test_a_chosen_isotonic_map_stays_off_0_and_1():
+    logits, _, groups = drawn("step")
+    found = choose_calibration(logits, (logits > 0).float(), groups).found
+    assert isinstance(found, Isotonic)
+    assert 0.0 < float(found.probability(torch.tensor(-99.0))) < float(found.probability(torch.tensor(99.0))) < 1.0
+
+
+def test_groups_that_are_not_one_a_token_are_refused():
+    logits, labels, groups = drawn("line")
+    with pytest.raises(SettingError, match="3999 groups were given for 4000 tokens"):
+        choose_calibration(logits, labels, groups[:-1])
+    with pytest.raises(SettingError, match="1 folds leave nothing"):
+        choose_calibration(logits, labels, groups, num_folds=1)
 
 
 def test_clopper_pearson_has_the_published_values():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pilotfish.errors import SettingError
 from pilotfish.runs import generator
 from pilotfish.scores import auroc, bootstrap_by_group, pairwise_accuracy, tpr_at_fpr
+from pilotfish.scores.metrics import auroc_of_draws, mean_of, tpr_at_fprs
 
 ITEMS = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=40)
 
@@ -59,9 +60,40 @@ def test_tpr_at_fpr_is_the_best_of_all_thresholds(items, fpr):
     assert tpr_at_fpr(*tensors(items), fpr) == pytest.approx(expected, nan_ok=True)
 
 
+@given(items=ITEMS, data=st.data())
+@settings(deadline=None)
+def test_auroc_of_a_draw_is_that_of_the_repeated_rows(items, data):
+    scores, labels = tensors(items)
+    places = st.integers(0, len(items) - 1)
+    rows = torch.tensor(data.draw(st.lists(places, max_size=60)), dtype=torch.int64)
+    assert auroc_of_draws(scores, labels)(rows) == pytest.approx(auroc(scores[rows], labels[rows]), abs=0, nan_ok=True)
+
+
+def test_auroc_is_that_of_scikit_learn_with_weights():
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = generator(0, "parity")
+    scores = torch.randint(50, (500,), generator=random).double()
+    labels = torch.bernoulli(scores / 50, generator=random)
+    weights = torch.randint(4, (500,), generator=random)
+    expected = metrics.roc_auc_score(labels.numpy(), scores.numpy(), sample_weight=weights.numpy())
+    rows = torch.arange(500).repeat_interleave(weights)
+    assert auroc_of_draws(scores, labels)(rows) == pytest.approx(expected, abs=1e-12)
+
+
 def test_tpr_at_fpr_by_hand():
     scores, labels = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
     assert [tpr_at_fpr(scores, labels, fpr) for fpr in (0.0, 0.5, 1.0)] == pytest.approx([1 / 3, 2 / 3, 1.0])
+
+
+def test_several_rates_are_read_off_one_sorting():
+    scores, labels = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
+    assert tpr_at_fprs(scores, labels, [0.5, 0.0]) == pytest.approx([2 / 3, 1 / 3])
+    assert tpr_at_fprs(scores, labels, []) == []
+
+
+def test_a_mean_counts_repeated_rows():
+    assert mean_of([1.0, 4.0, True])(torch.tensor([0, 1, 1, 2])) == 2.5
+    assert math.isnan(mean_of([])(torch.arange(0)))
 
 
 @pytest.mark.parametrize("fpr", [-0.1, 1.1, math.nan])

@@ -1,4 +1,4 @@
-"""Public data sets in their published shapes, built small here, to spans and groups."""
+"""Public sets of code in their published shapes, built small here, to spans and groups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from pilotfish.core import Conversation
 from pilotfish.errors import TextError
-from pilotfish.texts import read_cyberseceval, read_halueval_benign, read_sven
+from pilotfish.texts import read_cyberseceval, read_sven
 
 BEFORE = "def load(path):\n    data = open(path).read()\n    return yaml.load(data)\n"
 AFTER = "def load(path):\n    data = open(path).read()\n    return yaml.safe_load(data)\n"
@@ -218,37 +218,3 @@ def test_a_file_that_is_no_list_of_rows_is_refused(tmp_path: Path, content: byte
     (tmp_path / "instruct.json").write_bytes(content)
     with pytest.raises(TextError, match=f"instruct.json: {words}"):
         read_cyberseceval(tmp_path / "instruct.json")
-
-
-# HaluEval
-
-
-def halueval(tmp_path: Path, *verdicts: str, **changes: Any) -> Path:
-    rows = [
-        {"ID": "1", "user_query": "q", "chatgpt_response": f"r{i}", "hallucination": v} for i, v in enumerate(verdicts)
-    ]
-    path = tmp_path / "general_data.json"
-    path.write_text("".join(json.dumps({**row, **changes}) + "\n" for row in rows))
-    return path
-
-
-def test_only_replies_judged_benign_are_read_and_ids_are_line_numbers(tmp_path: Path) -> None:
-    rows = read_halueval_benign(halueval(tmp_path, "no", "yes", "no"))
-    assert [(row.id, row.messages[1].content) for row in rows] == [("halueval-1", "r0"), ("halueval-3", "r2")]
-    assert all(dict(row.labels) == {"hallucination": 0.0} and not row.spans for row in rows)
-
-
-@pytest.mark.parametrize(
-    ("verdict", "changes", "words"),
-    [
-        ("maybe", {}, "general_data.json:1: 'hallucination' is 'maybe'; it should be yes or no"),
-        ("yes", {}, "general_data.json: no row has"),
-        ("no", {"chatgpt_response": " "}, "general_data.json:1: the response is empty"),
-        ("no", {"user_query": 3}, "general_data.json:1: 'user_query' is a JSON number"),
-    ],
-)
-def test_a_damaged_halueval_file_is_refused_with_its_line_and_field(
-    tmp_path: Path, verdict: str, changes: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(TextError, match=words):
-        read_halueval_benign(halueval(tmp_path, verdict, **changes))

@@ -120,15 +120,15 @@ def decide(
         score = scores.get(rule.metric) or TokenScore.unscored(f"the reader has no head for {rule.metric}")
         assert score.state != "pending", "a pending token is not judged"
         threshold = thresholds.get(rule.metric) if rule.threshold is None else rule.threshold
-        if score.value is None:
+        if score.running is None:
             if rule.action in GATING:
                 reason = f"{rule.metric} unscored ({score.reason}); a gated token without a score stops the answer"
                 verdicts.append(Verdict(position, rule.metric, rule.action, None, threshold, reason))
         elif threshold is None:  # this reader's head is not calibrated: as good as no score
             if rule.action in GATING:
                 reason = f"{rule.metric} has no threshold for the {score.reader}'s states"
-                verdicts.append(Verdict(position, rule.metric, rule.action, score.value, None, reason))
-        elif score.value >= threshold:
-            reason = f"{rule.metric} {score.value:.3f} reached the threshold {threshold:.3f}"
-            verdicts.append(Verdict(position, rule.metric, rule.action, score.value, threshold, reason))
+                verdicts.append(Verdict(position, rule.metric, rule.action, score.running, None, reason))
+        elif score.running >= threshold:
+            reason = f"{rule.metric} {score.running:.3f} reached the threshold {threshold:.3f}"
+            verdicts.append(Verdict(position, rule.metric, rule.action, score.running, threshold, reason))
     return tuple(sorted(verdicts, key=lambda verdict: verdict.action not in GATING))

@@ -123,21 +123,29 @@ class TokenScore:
 
     state: Literal["scored", "pending", "unscored"]
     value: float | None = None
-    """Calibrated probability in [0, 1]; only when `state` is `scored`."""
+    """Calibrated probability in [0, 1] of the token itself; only when `state` is `scored`."""
+    running: float | None = None
+    """That of the text so far, which thresholds are held against; only when `state` is `scored`."""
     reason: str = ""
     reader: Reader = "draft"
     """The model whose states were read."""
 
     def __post_init__(self) -> None:
-        assert (self.value is not None) == (self.state == "scored"), "a value goes with state `scored` alone"
+        known = (self.value is not None, self.running is not None)
+        assert known == (self.state == "scored",) * 2, "values go with state `scored` alone"
         assert (self.reason != "") == (self.state == "unscored"), "a reason goes with state `unscored` alone"
 
     @classmethod
-    def scored(cls, value: float, reader: Reader = "draft") -> TokenScore:
-        """Makes a score; a value that is not a probability becomes `unscored`, never a number."""
-        if not 0.0 <= value <= 1.0:  # also false for NaN
-            return cls.unscored(f"head gave {value}, not a probability", reader)
-        return cls("scored", value, reader=reader)
+    def scored(cls, value: float, reader: Reader = "draft", *, running: float | None = None) -> TokenScore:
+        """Makes a score; a value that is not a probability becomes `unscored`, never a number.
+
+        `running` is `value` where it is not given: a head that looks at single tokens.
+        """
+        running = value if running is None else running
+        for given in (value, running):
+            if not 0.0 <= given <= 1.0:  # also false for NaN
+                return cls.unscored(f"head gave {given}, not a probability", reader)
+        return cls("scored", value, running, reader=reader)
 
     @classmethod
     def unscored(cls, reason: str, reader: Reader = "draft") -> TokenScore:

@@ -11,6 +11,8 @@ PilotfishError
 ├── StorageError         a file that cannot be written: the disk is full
 ├── ArtefactError        a bank or recording that is damaged or incomplete
 │   └── BankMismatch     a bank made for another model, tokenizer or shape
+├── EndpointError        a judge's server that refuses to work, or has stopped answering
+│   └── Unanswered       one request that it did not answer; others may go well
 └── GenerationError      a request that the engine refuses, or could not finish
 """
 
@@ -57,6 +59,14 @@ class ArtefactError(PilotfishError):
 
 class BankMismatch(ArtefactError):
     """A bank made for another model, another tokenizer or another shape."""
+
+
+class EndpointError(PilotfishError):
+    """A judge's server that refuses to work, or has stopped answering."""
+
+
+class Unanswered(EndpointError):
+    """One request that a server did not answer; others may go well."""
 
 
 class GenerationError(PilotfishError):

@@ -1,6 +1,7 @@
 """Words on a command line in, an exit code out; one frozen dataclass a verb.
 
-Exit codes: 0 done, 1 an error that the message explains, 2 a wrong flag, 130 interrupted.
+Exit codes: 0 done, 1 an error that the message explains, 2 a wrong flag, 130 interrupted; `check` has 10, 11 and
+12 for its verdicts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from pilotfish.cli.terminal import quieten_transformers
-from pilotfish.cli.verbs import BenchTax, Chat, Demo, Fit, Score
+from pilotfish.cli.verbs import BenchTax, Chat, Check, Contrast, Demo, Fit, Labels, Report, Score
 from pilotfish.errors import PilotfishError
 
 __all__ = ["main"]
@@ -23,6 +24,10 @@ Verb = (
     | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Fit, tyro.conf.subcommand("fit")]
+    | Annotated[Labels, tyro.conf.subcommand("labels")]
+    | Annotated[Contrast, tyro.conf.subcommand("contrast")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[BenchTax, tyro.conf.subcommand("bench-tax")]
 )
 

@@ -8,6 +8,7 @@ from typing import Any
 from pilotfish.cli.session import find_banks, load
 from pilotfish.cli.terminal import table
 from pilotfish.cli.verbs import BenchTax
+from pilotfish.engines import EmbeddedEngine
 from pilotfish.engines.tax import CODE_PROMPTS, PROSE_PROMPTS, TaxSetting, arms, random_bank, ratio, time_in_turn
 from pilotfish.errors import SettingError
 from pilotfish.heads import HeadBank
@@ -24,7 +25,8 @@ def run(config: BenchTax) -> int:
             pair, num_heads=config.heads, num_sites=config.sites, generator=generator(config.seed, "heads")
         )
     else:
-        bank = find_banks(config.banks, (pair.draft_identity, pair.target_identity))[0]
+        banks = EmbeddedEngine(pair, find_banks(config.banks, (pair.draft_identity, pair.target_identity))).banks
+        bank = next(iter(banks.values()))
     setting = TaxSetting(max_new_tokens=config.max_new_tokens)
     for kind, prompts in (("code", CODE_PROMPTS), ("prose", PROSE_PROMPTS)):
         rows = tax_table(pair, bank, prompts, setting, num_pairs=config.num_pairs, seed=config.seed)

@@ -12,6 +12,8 @@ from pilotfish.engines import Request
 from pilotfish.engines.tax import CODE_PROMPTS, TaxSetting
 from pilotfish.reports import write_page
 
+METRIC = "insecure_code"
+"""What the prompts are about, and the colours show."""
 PROMPTS = (
     (
         "SQL built from strings",
@@ -40,7 +42,7 @@ PROMPTS = (
 def run(config: Demo) -> int:
     engine = start_engine(config)
     policy = flag_policy(engine, hold=True)
-    metric = engine.metrics[0]
+    metric = METRIC if METRIC in engine.metrics else engine.metrics[0]
     print(_who_scores(engine.banks))
     exchanges: list[dict[str, Any]] = []
     for title, prompt in PROMPTS:

@@ -8,7 +8,8 @@ from pilotfish.core import Conversation
 from pilotfish.errors import TextError
 from pilotfish.heads import Card
 from pilotfish.models import load_model
-from pilotfish.scores import RecipeConfig, build_bank
+from pilotfish.scores import RecipeConfig, RivalConfig, build_bank, write_scored
+from pilotfish.scores.scored import SCORED_FILE
 from pilotfish.texts import read_jsonl, split
 
 FRACTIONS = {"train": 0.7, "validation": 0.15, "test": 0.15}
@@ -31,13 +32,20 @@ def run(config: Fit) -> int:
         splits = split(conversations, FRACTIONS_WITH_BENIGN, seed=config.seed)
         benign = [row for row in splits.pop("benign") if _is_negative(row, config.metric)]
     reader = load_model(config.model, device=config.device, dtype=config.dtype)
-    recipe = RecipeConfig(num_sites=config.sites, max_tokens=config.max_tokens, budget=config.budget)
-    bank = build_bank(
+    recipe = RecipeConfig(
+        num_sites=config.sites,
+        max_tokens=config.max_tokens,
+        budget=config.budget,
+        rivals=RivalConfig(question=config.question),
+    )
+    bank, scored = build_bank(
         splits, benign, reader, metric=config.metric, config=recipe, work_folder=config.work, seed=config.seed
     )
     bank.save(config.out)
+    write_scored(config.out / SCORED_FILE, config.metric, scored)
     _print_card(bank.card, config.metric)
-    print(f"\nThe bank: {config.out.resolve()}")
+    print(f"\nThe bank: {config.out.resolve()}, with the held-out texts in {SCORED_FILE}: these are your own words.")
+    print(f"To see curves, hits and misses: pilotfish report {config.out}")
     return 0
 
 

@@ -11,7 +11,8 @@ from pilotfish.cli.session import find_banks, legend
 from pilotfish.cli.terminal import paint, uses_colour
 from pilotfish.cli.verbs import Score
 from pilotfish.core import Conversation, Message, TokenScore
-from pilotfish.errors import SettingError, TextError
+from pilotfish.errors import TextError
+from pilotfish.heads import joined
 from pilotfish.models import DEMO_PAIRS, load_model
 from pilotfish.scores import score_tokens
 from pilotfish.texts import read_jsonl, tokenize
@@ -21,10 +22,7 @@ def run(config: Score) -> int:
     conversations = list(_conversations(config.file))
     target, own_draft = DEMO_PAIRS.get(config.pair, (config.pair, None))
     reader = load_model(config.draft or own_draft or target, device=config.device, dtype=config.dtype)
-    banks = find_banks(config.banks, (reader.identity,))
-    if len(banks) != 1:
-        raise SettingError(f"{len(banks)} banks were named; score takes one")
-    bank = banks[0]
+    bank = joined(find_banks(config.banks, (reader.identity,)))
     bank.check(reader.identity)
     colour = uses_colour()
     if config.format == "text":
@@ -37,10 +35,14 @@ def run(config: Score) -> int:
                 f"{conversation.id} has {len(text.token_ids):,} tokens; {reader.identity.name} reads at most "
                 f"{longest:,}. Cut the text"
             )
-        rows = score_tokens(reader.model, bank, text.token_ids).tolist()
+        found = score_tokens(reader.model, bank, text.token_ids)
+        rows = zip(found.tokens.tolist(), found.running.tolist(), strict=True)
         pieces = _pieces(text.text, text.offsets)
         for index, (piece, message, row) in enumerate(zip(pieces, text.messages, rows, strict=True)):
-            scores = {metric: TokenScore.scored(value) for metric, value in zip(bank.metrics, row, strict=True)}
+            scores = {
+                metric: TokenScore.scored(value, running=running)
+                for metric, value, running in zip(bank.metrics, *row, strict=True)
+            }
             if config.format == "jsonl":
                 line = {
                     "id": conversation.id,
@@ -49,6 +51,7 @@ def run(config: Score) -> int:
                     "text": piece,
                     "message": message,
                     "scores": {metric: score.value for metric, score in scores.items()},
+                    "running": {metric: score.running for metric, score in scores.items()},
                     "unscored": {metric: score.reason for metric, score in scores.items() if score.value is None},
                 }
                 print(json.dumps(line, ensure_ascii=False))

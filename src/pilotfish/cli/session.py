@@ -45,8 +45,12 @@ def start_engine(models: Models, drafting: Drafting | None = None) -> EmbeddedEn
 def flag_policy(
     engine: EmbeddedEngine, *, action: str = "flag", threshold: float | None = None, hold: bool = False
 ) -> Policy:
-    """One rule a metric, for the answer: the prompt's scores are shown, not judged."""
-    rules = tuple(Rule(metric=m, action=action, threshold=threshold, scope="answer") for m in engine.metrics)  # type: ignore[arg-type]
+    """One rule a metric, for the side, prompt or answer, that its threshold was set on; the other is shown alone."""
+    limits = {metric: limit for bank in engine.banks.values() for metric, limit in bank.card.thresholds.items()}
+    rules = tuple(
+        Rule(metric=m, action=action, threshold=threshold, scope=limits[m].scope if m in limits else "answer")  # type: ignore[arg-type]
+        for m in engine.metrics
+    )
     return Policy(rules=rules, hold=hold)
 
 

@@ -31,13 +31,14 @@ def quieten_transformers() -> None:
 
 
 def paint(text: str, score: TokenScore | None, threshold: float | None, *, colour: bool) -> str:
-    """One token's text. Without colour, a token at or over the threshold is put in brackets, an unscored one gets a
-    `?`.
+    """One token's text in the colour of its own score; bold, or without colour in brackets, where the text so far
+    reaches the threshold. An unscored one is underlined, or gets a `?`.
     """
     value = score.value if score is not None else None
     if score is not None and value is None:
         return f"\x1b[4m{text}{RESET}" if colour else f"{text}?"
-    is_over = value is not None and threshold is not None and value >= threshold
+    running = score.running if score is not None else None
+    is_over = running is not None and threshold is not None and running >= threshold
     if not colour:
         return f"⟦{text}⟧" if is_over and text.strip() else text
     background = next((shade for top, shade in RAMP if value is not None and value < top), None)

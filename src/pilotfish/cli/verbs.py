@@ -108,6 +108,8 @@ class Fit:
     """JSONL of ordinary traffic, for the threshold; without it, a part of the data is put aside for its negatives."""
     budget: float = 0.01
     """False-positive budget: the share of benign responses that may be flagged."""
+    question: str | None = None
+    """What the baseline that asks the reader outright asks it: a sentence that a yes answers when the metric holds."""
     sites: int = 5
     """Evenly spaced layers that the head reads, the final norm among them."""
     max_tokens: int = 512
@@ -127,6 +129,156 @@ class Fit:
 
     def run(self) -> int:
         from pilotfish.cli.fit import run
+
+        return run(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labels:
+    """Has a judge behind an OpenAI-compatible URL mark where a metric of yours holds in your texts."""
+
+    data: Path
+    """JSONL of conversations; the last answer of each is read, unless the row has a label of the metric."""
+    metric: str
+    """Name of the metric."""
+    definition: str
+    """When the metric holds, in a sentence; @FILE reads it from a text file."""
+    base_url: str
+    """Of the judge, for example http://localhost:8000/v1."""
+    model: str
+    """The judge's name on that server."""
+    out: Path
+    """JSONL to write, for `pilotfish fit`."""
+    key_env: str | None = None
+    """NAME of the environment variable with the API key; never the key itself."""
+    passes: Literal[1, 2] = 2
+    """With two, the second is worded otherwise and only what both say becomes a label."""
+    second_model: str | None = None
+    """Another judge on the same server for the second pass."""
+    disputed: Literal["keep", "drop"] = "keep"
+    """Rows that got no label: written without one, or left out."""
+    answers: Path | None = None
+    """Where replies are kept, so that a second run asks only what is missing; by default OUT.answers.jsonl."""
+    concurrency: int = 4
+    """Requests at the same time."""
+    timeout_s: float = 120.0
+    """Longest wait for one reply."""
+    max_retries: int = 5
+    """Further tries after 429, 5xx or a timeout, with growing pauses."""
+    temperature: float | None = 0.0
+    """Of the judge; None leaves it to the server."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+    def run(self) -> int:
+        from pilotfish.cli.labels import run
+
+        return run(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contrast:
+    """Makes labelled texts without a judge: the target answers each prompt told to do a thing, and told not to."""
+
+    prompts: Path
+    """One prompt a line, or conversations when it ends in .jsonl (their last answers are left out)."""
+    metric: str
+    """Name of the metric."""
+    do: str
+    """System message for doing the thing; @FILE reads it from a text file."""
+    dont: str
+    """System message for not doing it."""
+    out: Path
+    """JSONL to write, for `pilotfish fit`."""
+    pair: str = DEMO_PAIR
+    """Target: a demo pair (demo:qwen-coder, demo:smollm2), a local folder or a hub name."""
+    draft: str | None = None
+    """Draft, where the pair does not name its own."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """auto, bfloat16, float16 or float32."""
+    answers: Path | None = None
+    """Where answers are kept, so that a second run samples only what is missing; by default OUT.answers.jsonl."""
+    max_new_tokens: int = 256
+    """Longest answer; a prompt with an answer that reaches it is dropped."""
+    temperature: float = 0.7
+    """0 is greedy."""
+    top_p: float | None = None
+    """Keep the likeliest tokens up to this mass."""
+    seed: int = 0
+    """Of the sampling."""
+
+    def run(self) -> int:
+        from pilotfish.cli.labels import run_contrast
+
+        return run_contrast(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Shows how good the heads of banks are: figures beside baselines, curves, examples of hits and misses."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of banks; curves and examples come from the scored.json that `fit` leaves in them."""
+    out: Path = Path("out/report.html")
+    """The page to write; like scored.json, it quotes the held-out texts."""
+    markdown: Path | None = None
+    """Also write Markdown here."""
+
+    def run(self) -> int:
+        from pilotfish.cli.report import run
+
+        return run(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """Holds a bank in one serving configuration against another: exits 0 pass, 10 threshold stale, 11 scorer degraded,
+    12 inconclusive.
+    """
+
+    bank: Annotated[Path | None, tyro.conf.Positional] = None
+    """Folder of the bank; also says threshold and budget where two files are compared."""
+    data: Path | None = None
+    """JSONL of labelled conversations to score in both configurations."""
+    dtype: str = "bfloat16"
+    """Of the candidate: auto, bfloat16, float16 or float32."""
+    against: str = "float32"
+    """Dtype of the reference."""
+    model: str | None = None
+    """The reader; by default the one that the bank names."""
+    candidate_model: str | None = None
+    """Another reader for the candidate: a fine-tuned or quantised folder."""
+    other_weights: bool = False
+    """Whether the candidate's weights may differ from those that the bank was made for; tokenizer and shape may not."""
+    reference: Path | None = None
+    """Instead of scoring here: scored.json made in the reference configuration."""
+    candidate: Path | None = None
+    """And the one made in the candidate's."""
+    scorer: str = "head"
+    """Which scorer of those two files."""
+    metric: str | None = None
+    """Of a bank with several; the first one otherwise."""
+    threshold: float | None = None
+    """Instead of the card's."""
+    budget: float | None = None
+    """False-positive budget instead of the card's."""
+    max_auroc_loss: float = 0.02
+    """More than this is a degraded scorer."""
+    max_recall_loss: float = 0.05
+    """More than this, at the threshold, is a stale threshold."""
+    max_tokens: int = 512
+    """Longer texts are cut here."""
+    json: Path | None = None
+    """Also write the figures and the verdict as JSON."""
+    seed: int = 0
+    """Of the bootstrap."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def run(self) -> int:
+        from pilotfish.cli.check import run
 
         return run(self)
 

@@ -1,11 +1,13 @@
 """A prompt in, tokens with scores out."""
 
+from pilotfish.engines.contrast import Contrast, contrastive
 from pilotfish.engines.drafting import Drafting
 from pilotfish.engines.embedded import EmbeddedEngine, GenerationStream, Request
 from pilotfish.engines.records import Event, Generation, Round, RoundEvent, ScoreEvent, Token, TokenEvent, VerdictEvent
 from pilotfish.engines.speculate import Sampling
 
 __all__ = [
+    "Contrast",
     "Drafting",
     "EmbeddedEngine",
     "Event",
@@ -19,4 +21,5 @@ __all__ = [
     "Token",
     "TokenEvent",
     "VerdictEvent",
+    "contrastive",
 ]

@@ -51,7 +51,7 @@ from pilotfish.engines.speculate import (
     sample,
 )
 from pilotfish.errors import BankMismatch, GenerationError, SettingError
-from pilotfish.heads import HeadBank
+from pilotfish.heads import HeadBank, joined
 from pilotfish.models import Identity, Pair
 from pilotfish.runs import generator
 from pilotfish.texts import encode, render
@@ -85,19 +85,18 @@ class EmbeddedEngine:
     """A pair and its banks, ready for requests."""
 
     def __init__(self, pair: Pair, banks: Sequence[HeadBank] = (), *, drafting: Drafting | None = None) -> None:
-        """Each bank goes to the model that it was made for: the draft, or the target itself.
+        """Each bank goes to the model that it was made for: the draft, or the target itself; those of one are joined.
 
         Raises:
-            BankMismatch: a bank was made for neither, or two were made for the same model.
+            BankMismatch: a bank was made for neither.
+            SettingError: two of one model have a head for one metric.
         """
         self.pair = pair
         self.drafting = drafting or Drafting()
-        self.banks: dict[Reader, HeadBank] = {}
+        by_reader: dict[Reader, list[HeadBank]] = {}
         for bank in banks:
-            reader = self._reader_of(bank)
-            if reader in self.banks:
-                raise BankMismatch(f"two banks were made for the {reader}; merge their heads into one bank")
-            self.banks[reader] = bank
+            by_reader.setdefault(self._reader_of(bank), []).append(bank)
+        self.banks = {reader: joined(group) for reader, group in by_reader.items()}
         both = [model for model in (pair.target, pair.draft) if model is not None]
         self.max_tokens = min(model.config.max_position_embeddings for model in both)
         self.weight_ratio = weight_ratio(pair)

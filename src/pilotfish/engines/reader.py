@@ -42,6 +42,8 @@ class CachedModel:
         self._features: list[Tensor] = []
         self._num_unscored = 0
         """Tokens read whose features wait for the matmul."""
+        self._channels = torch.zeros(0, 0)
+        """Of all tokens scored so far: what a head looks back on."""
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int], num_logits: int = 1) -> Float[Tensor, "token vocab"]:
@@ -65,10 +67,11 @@ class CachedModel:
 
     def rollback(self, length: int) -> None:
         """Forgets all but the first `length` tokens."""
-        assert 0 <= length <= self.length, "rollback goes back"
+        assert 0 <= length <= self.length and not self._num_unscored, "rollback goes back, over scored tokens"
         if length < self.length:
             self._cache.crop(length - self.length)
             self.length = length
+            self._channels = self._channels[:length]
 
     def _forward(self, ids: Sequence[int], num_logits: int) -> Float[Tensor, "token vocab"]:
         batch = torch.tensor([list(ids)], device=self._device)
@@ -102,13 +105,21 @@ class CachedModel:
         if self._bank is None or not self._num_unscored:
             return
         bank, features, num_tokens = self._bank, self._features, self._num_unscored
-        self._features, self._num_unscored = [], 0
+        self._features, self._num_unscored, past = [], 0, self._channels
         try:
-            rows = bank.probabilities(torch.cat(features)).tolist()
-            if len(rows) != num_tokens:
-                raise ValueError(f"{len(rows)} rows of scores for {num_tokens} tokens")
-            self._scores += [Scores(bank.metrics, row, self._reader) for row in rows]
+            new = bank.channels(torch.cat(features))
+            if len(new) != num_tokens:
+                raise ValueError(f"{len(new)} rows of features for {num_tokens} tokens")
+            self._channels = torch.cat([past, new]) if len(past) else new
+            found = bank.score(self._channels, num_tokens)
+            self._scores += [
+                Scores(bank.metrics, values, self._reader, running=running)
+                for values, running in zip(found.tokens.tolist(), found.running.tolist(), strict=True)
+            ]
         except Exception as error:
             logger.exception("scoring failed; %d tokens are unscored", num_tokens)
+            # So that what looks back on these tokens is unscored as well.
+            gap = torch.full((num_tokens, bank.num_channels), torch.nan, device=self._device)
+            self._channels = torch.cat([past, gap]) if len(past) else gap
             reason = f"head failed: {type(error).__name__}: {error}"
             self._scores += [Scores(bank.metrics, None, self._reader, reason) for _ in range(num_tokens)]

@@ -19,23 +19,30 @@ class Scores(Mapping[str, TokenScore]):
     list.
     """
 
-    __slots__ = ("_metrics", "_reason", "_values", "reader")
+    __slots__ = ("_metrics", "_reason", "_running", "_values", "reader")
 
     def __init__(
-        self, metrics: Sequence[str], values: Sequence[float] | None, reader: Reader, reason: str = ""
+        self,
+        metrics: Sequence[str],
+        values: Sequence[float] | None,
+        reader: Reader,
+        reason: str = "",
+        *,
+        running: Sequence[float] | None = None,
     ) -> None:
-        """`values` in the order of `metrics`; None when the whole token is unscored for `reason`."""
+        """`values` and `running` in the order of `metrics`; None when the whole token is unscored for `reason`."""
         assert (values is None) == (reason != ""), "either values or a reason"
         self._metrics, self._values, self.reader, self._reason = metrics, values, reader, reason
+        self._running = values if running is None else running
 
     def __getitem__(self, metric: str) -> TokenScore:
         try:
             index = self._metrics.index(metric)
         except ValueError:
             raise KeyError(metric) from None
-        if self._values is None:
+        if self._values is None or self._running is None:
             return TokenScore.unscored(self._reason, self.reader)
-        return TokenScore.scored(self._values[index], self.reader)
+        return TokenScore.scored(self._values[index], self.reader, running=self._running[index])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._metrics)
@@ -223,6 +230,7 @@ def _score_dict(scores: Mapping[str, TokenScore] | None) -> dict[str, Any]:
     found = dict(scores.items())
     return {
         "scores": {metric: score.value for metric, score in found.items() if score.value is not None},
+        "running": {metric: score.running for metric, score in found.items() if score.running is not None},
         "unscored": {metric: score.reason for metric, score in found.items() if score.value is None},
         "reader": next((score.reader for score in found.values()), "draft"),
     }

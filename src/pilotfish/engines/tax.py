@@ -18,7 +18,7 @@ from pilotfish.engines.drafting import Drafting
 from pilotfish.engines.embedded import EmbeddedEngine, Request
 from pilotfish.engines.reader import CachedModel
 from pilotfish.engines.records import TokenEvent
-from pilotfish.heads import HeadBank, LinearHead
+from pilotfish.heads import Form, Head, HeadBank
 from pilotfish.models import Pair, evenly_spaced_sites
 from pilotfish.runs import progress
 from pilotfish.texts import encode, render
@@ -240,7 +240,15 @@ def random_bank(pair: Pair, *, num_heads: int, num_sites: int, generator: torch.
     model = pair.draft if pair.draft is not None else pair.target
     sites = evenly_spaced_sites(model, num_sites)
     size = num_sites * pair.reader_identity.hidden_size
+    form = Form()
     heads = [
-        LinearHead(f"random_{i}", sites, torch.randn(size, generator=generator) / size, 0.0) for i in range(num_heads)
+        Head(
+            f"random_{i}",
+            sites,
+            torch.randn(form.num_channels, size, generator=generator) / size,
+            torch.zeros(form.num_channels),
+            form,
+        )
+        for i in range(num_heads)
     ]
     return HeadBank(heads, pair.reader_identity)

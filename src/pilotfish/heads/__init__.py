@@ -1,22 +1,31 @@
 """Recorded activations and labels in; heads, banks and their cards out."""
 
-from pilotfish.heads.bank import HeadBank
-from pilotfish.heads.card import CalibrationCard, Card, DataCard, Measured, ThresholdCard
+from pilotfish.heads.bank import BankScores, HeadBank, joined
+from pilotfish.heads.card import CalibrationCard, Card, DataCard, HeadCard, Measured, ThresholdCard
+from pilotfish.heads.examples import Example, Source
 from pilotfish.heads.fit import FitConfig, FitResult, fit
-from pilotfish.heads.linear import LinearHead, LinearReadout
+from pilotfish.heads.form import Form
+from pilotfish.heads.head import Head, Which, linear_head
 from pilotfish.heads.shipped import shipped_banks
 
 __all__ = [
+    "BankScores",
     "CalibrationCard",
     "Card",
     "DataCard",
+    "Example",
     "FitConfig",
     "FitResult",
+    "Form",
+    "Head",
     "HeadBank",
-    "LinearHead",
-    "LinearReadout",
+    "HeadCard",
     "Measured",
+    "Source",
     "ThresholdCard",
+    "Which",
     "fit",
+    "joined",
+    "linear_head",
     "shipped_banks",
 ]

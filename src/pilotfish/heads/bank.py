@@ -3,33 +3,56 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from pilotfish.core import Site
 from pilotfish.errors import ArtefactError, BankMismatch, SettingError
-from pilotfish.heads.card import Card
-from pilotfish.heads.linear import LinearHead
+from pilotfish.heads.card import Card, HeadCard
+from pilotfish.heads.form import Form
+from pilotfish.heads.head import Head
 from pilotfish.models import Identity
 from pilotfish.runs import atomic_path
 
 WEIGHTS_FILE = "heads.safetensors"
 CARD_FILE = "card.json"
+TENSORS = ("weight", "bias", "outputs")
+"""Of each head, as they are named in the file."""
+
+
+class BankScores(NamedTuple):
+    """Calibrated probabilities of every metric at every token."""
+
+    tokens: Float[Tensor, "token metric"]
+    """That the property holds at the token itself."""
+    running: Float[Tensor, "token metric"]
+    """That it holds of the response, as far as it has been read; this is what a threshold is held against."""
+
+
+class _Group(NamedTuple):
+    """Heads of one form, to be evaluated together."""
+
+    form: Form
+    metrics: Int[Tensor, " head"]
+    channels: Int[Tensor, " channel"]
+    outputs: Float[Tensor, "head output"]
 
 
 class HeadBank:
-    """All heads of one model. They keep no state: a token costs one matrix-vector product, however long the text."""
+    """All heads of one model: a token costs one matrix-vector product, and a look at the channels of the last few."""
 
     def __init__(
         self,
-        heads: Sequence[LinearHead],
+        heads: Sequence[Head],
         identity: Identity,
         *,
         thresholds: Mapping[str, float] | None = None,
@@ -55,10 +78,13 @@ class HeadBank:
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(site for head in heads for site in head.sites))
         for head in heads:
             self._check_shape(head)
-        self._weight = torch.stack([self._widened(head) for head in heads], dim=1)
-        self._bias = torch.tensor([head.bias for head in heads], dtype=torch.float32)
+        self._weight = torch.cat([self._widened(head) for head in heads]).T.contiguous()
+        self._bias = torch.cat([head.bias.float() for head in heads])
+        self._groups = _grouped(self.heads)
+        self.window = max(head.form.window for head in heads)
+        """Tokens that a score looks back on at most, the current one included."""
 
-    def _check_shape(self, head: LinearHead) -> None:
+    def _check_shape(self, head: Head) -> None:
         if head.hidden_size != self.identity.hidden_size:
             raise BankMismatch(
                 f"head {head.metric!r} reads {head.hidden_size} hidden units a site, {self.identity.name} has "
@@ -71,25 +97,47 @@ class HeadBank:
                 "layers; fit it on this model"
             )
 
-    def _widened(self, head: LinearHead) -> Float[Tensor, " feature"]:
+    def _widened(self, head: Head) -> Float[Tensor, "channel feature"]:
         """The head's weights over the bank's sites, zero where it does not read."""
-        wide = torch.zeros(len(self.sites), self.identity.hidden_size)
-        for site, part in zip(head.sites, head.weight.float().chunk(len(head.sites)), strict=True):
-            wide[self.sites.index(site)] = part
-        return wide.flatten()
+        wide = torch.zeros(len(head.weight), len(self.sites), self.identity.hidden_size)
+        for site, part in zip(head.sites, head.weight.float().chunk(len(head.sites), dim=1), strict=True):
+            wide[:, self.sites.index(site)] = part
+        return wide.flatten(1)
 
     def features(self, taps: Mapping[Site, Tensor], row: int = 0) -> Float[Tensor, "token feature"]:
         """Float32 features of one row of the batch of the last forward pass."""
         return torch.cat([taps[site][row] for site in self.sites], dim=-1).float()
 
-    def logits(self, features: Float[Tensor, "token feature"]) -> Float[Tensor, "token metric"]:
-        """Calibrated log-odds of every metric, from one matmul in float32."""
+    @property
+    def num_channels(self) -> int:
+        """Of all heads together."""
+        return len(self._bias)
+
+    def channels(self, features: Float[Tensor, "token feature"]) -> Float[Tensor, "token channel"]:
+        """What the heads make of each token by itself, from one matmul in float32."""
         if self._weight.device != features.device:  # follow the model, once
             self._weight, self._bias = self._weight.to(features.device), self._bias.to(features.device)
+            self._groups = [_Group(form, *(item.to(features.device) for item in rest)) for form, *rest in self._groups]
         return torch.addmm(self._bias, features.float(), self._weight)
 
-    def probabilities(self, features: Float[Tensor, "token feature"]) -> Float[Tensor, "token metric"]:
-        return self.logits(features).sigmoid()
+    def score(self, channels: Float[Tensor, "past_and_new channel"], num_new: int) -> BankScores:
+        """Probabilities of the last `num_new` tokens.
+
+        Args:
+            channels: Theirs, after those of the tokens before; of these `window - 1` are looked at, or all there are.
+        """
+        channels = channels[-(num_new + self.window - 1) :]
+        tokens = channels.new_empty(num_new, len(self.heads))
+        running = channels.new_empty(num_new, len(self.heads))
+        for form, metrics, chosen, outputs in self._groups:
+            group = channels.index_select(1, chosen).reshape(len(channels), len(metrics), form.num_channels)
+            tokens[:, metrics] = form.tokens(group[-num_new:], outputs)
+            running[:, metrics] = form.running(group, outputs)[-num_new:]
+        return BankScores(tokens.sigmoid_(), running.sigmoid_())
+
+    def score_text(self, features: Float[Tensor, "token feature"]) -> BankScores:
+        """Probabilities of all tokens of a text, given the features of all."""
+        return self.score(self.channels(features), len(features))
 
     def subset(self, metrics: Sequence[str]) -> HeadBank:
         """A bank with some of the heads.
@@ -121,13 +169,16 @@ class HeadBank:
 
     def save(self, folder: Path) -> Path:
         """Writes `heads.safetensors` and `card.json`; the card holds the tensors' hash, and is written last."""
-        tensors = {f"{head.metric}.weight": head.weight.float().cpu().contiguous() for head in self.heads}
-        tensors |= {f"{head.metric}.bias": torch.tensor([head.bias], dtype=torch.float64) for head in self.heads}
+        tensors = {
+            f"{head.metric}.{name}": getattr(head, name).float().cpu().contiguous()
+            for head in self.heads
+            for name in TENSORS
+        }
         data = save(tensors)
         with atomic_path(folder / WEIGHTS_FILE) as temporary:
             temporary.write_bytes(data)
-        sites = {head.metric: tuple(map(str, head.sites)) for head in self.heads}
-        card = replace(self.card, identity=self.identity, sites=sites, weights_sha256=hashlib.sha256(data).hexdigest())
+        heads = {head.metric: HeadCard(sites=tuple(map(str, head.sites)), **asdict(head.form)) for head in self.heads}
+        card = replace(self.card, identity=self.identity, heads=heads, weights_sha256=hashlib.sha256(data).hexdigest())
         card.save(folder / CARD_FILE)
         return folder
 
@@ -156,21 +207,53 @@ class HeadBank:
             tensors = load(data)
         except SafetensorError as error:
             raise ArtefactError(f"{path} is not a safetensors file: {error}; copy the bank again") from error
-        heads = [_head(tensors, metric, sites, path) for metric, sites in card.sites.items()]
+        heads = [_head(tensors, metric, described, path) for metric, described in card.heads.items()]
         return cls(heads, card.identity, card=card)
 
 
-def _head(tensors: Mapping[str, Tensor], metric: str, names: Sequence[str], path: Path) -> LinearHead:
-    weight, bias = tensors.get(f"{metric}.weight"), tensors.get(f"{metric}.bias")
-    if weight is None or bias is None:
+def joined(banks: Sequence[HeadBank]) -> HeadBank:
+    """One bank with the heads of several, so that they cost one matmul.
+
+    Raises:
+        BankMismatch: they were made for different models.
+        SettingError: there are no banks, or two have a head for one metric.
+    """
+    if not banks:
+        raise SettingError("there are no banks to join; give at least one")
+    first, *others = banks
+    if not others:
+        return first
+    for bank in others:
+        bank.check(first.identity)
+    heads = [head for bank in banks for head in bank.heads]
+    thresholds = {metric: limit for bank in banks for metric, limit in bank.thresholds.items()}
+    return HeadBank(heads, first.identity, thresholds=thresholds, card=Card.joined([bank.card for bank in banks]))
+
+
+def _grouped(heads: Sequence[Head]) -> list[_Group]:
+    ends = list(itertools.accumulate(head.form.num_channels for head in heads))
+    groups = []
+    for form in dict.fromkeys(head.form for head in heads):
+        metrics = [index for index, head in enumerate(heads) if head.form == form]
+        channels = [channel for i in metrics for channel in range(ends[i] - form.num_channels, ends[i])]
+        outputs = torch.stack([heads[i].outputs.float() for i in metrics])
+        groups.append(_Group(form, torch.tensor(metrics), torch.tensor(channels), outputs))
+    return groups
+
+
+def _head(tensors: Mapping[str, Tensor], metric: str, described: HeadCard, path: Path) -> Head:
+    names = [f"{metric}.{name}" for name in TENSORS]
+    if not tensors.keys() >= set(names):
         raise ArtefactError(f"{path} lacks the weights of head {metric!r} that its card names; fit the bank again")
-    if weight.ndim != 1 or bias.numel() != 1:
+    weight, bias, outputs = (tensors[name] for name in names)
+    if weight.ndim != 2 or bias.shape != weight.shape[:1] or outputs.ndim != 1:
         raise ArtefactError(
-            f"{path}: head {metric!r} has weights of shape {tuple(weight.shape)} and a bias of shape "
-            f"{tuple(bias.shape)}; a linear head has one row of weights and one bias: fit the bank again"
+            f"{path}: head {metric!r} has weights of shape {tuple(weight.shape)} and biases of shape "
+            f"{tuple(bias.shape)}; a row of weights and one bias a channel are needed: fit the bank again"
         )
     try:
-        sites = tuple(map(Site.parse, names))
-    except SettingError as error:
+        sites = tuple(map(Site.parse, described.sites))
+        form = Form(kind=described.kind, width=described.width, window=described.window)
+    except (SettingError, AttributeError, TypeError) as error:  # values of another kind, too
         raise ArtefactError(f"{path.with_name(CARD_FILE)}, head {metric!r}: {error}; copy the bank again") from error
-    return LinearHead(metric, sites, weight, float(bias))
+    return Head(metric, sites, weight, bias, form, outputs)

@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pilotfish.errors import ArtefactError
+from pilotfish.heads.form import Kind
 from pilotfish.models import Identity
 from pilotfish.runs import write_json
 
@@ -26,6 +27,16 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadCard:
+    """What a head reads, and its form (`heads.Form`)."""
+
+    sites: tuple[str, ...]
+    kind: Kind
+    width: int
+    window: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ThresholdCard:
     """Where a metric counts as found, and what that promises."""
 
@@ -38,6 +49,8 @@ class ThresholdCard:
     fpr_upper: float
     """One-sided 95 % Clopper-Pearson bound on the share flagged."""
     benign_source: str
+    scope: Literal["answer", "prompt"] = "answer"
+    """The side of an exchange that the benign texts were: judge that one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +59,8 @@ class CalibrationCard:
 
     scale: float
     shift: float
-    num_tokens: int
-    """Validation tokens that it was fitted on; probabilities are for their share of positives."""
+    num_items: int
+    """Validation tokens or responses that it was fitted on; probabilities are for their share of positives."""
     share_positive: float
 
 
@@ -59,6 +72,8 @@ class DataCard:
     num_tokens: int
     role: str
     """train, validation, test or benign."""
+    metric: str = ""
+    """Of the head that they served."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +82,8 @@ class Card:
 
     identity: Identity
     """The one model that the heads were made for."""
-    sites: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Metric to the sites that its head reads."""
+    heads: Mapping[str, HeadCard] = field(default_factory=dict)
+    """Metric to what its head is made of."""
     weights_sha256: str = ""
     data: tuple[DataCard, ...] = ()
     metrics: Mapping[str, Measured] = field(default_factory=dict)
@@ -77,6 +92,7 @@ class Card:
     """The same figures of the baselines."""
     thresholds: Mapping[str, ThresholdCard] = field(default_factory=dict)
     calibration: Mapping[str, CalibrationCard] = field(default_factory=dict)
+    """`metric/token` and `metric/response` to how their logits became probabilities."""
     better_than_words: Mapping[str, bool] = field(default_factory=dict)
     """Metric to whether its head beats TF-IDF on held-out tokens: the interval of the difference lies above 0."""
     not_for: str = ""
@@ -106,7 +122,6 @@ class Card:
     @classmethod
     def _read(cls, raw: dict[str, Any], path: Path) -> Card:
         raw["identity"] = Identity(**_checked(Identity, raw["identity"], path))
-        raw["sites"] = {metric: tuple(sites) for metric, sites in raw["sites"].items()}
         raw["data"] = tuple(DataCard(**_checked(DataCard, row, path)) for row in raw["data"])
         for name, kind in _TABLES.items():
             raw[name] = {key: kind(**_checked(kind, value, path)) for key, value in raw[name].items()}
@@ -114,14 +129,31 @@ class Card:
 
     def subset(self, metrics: Sequence[str]) -> Card:
         """What the card says of some of its metrics."""
-        names = (*_TABLES, "sites", "better_than_words")
+        names = (*_TABLES, "better_than_words")
         kept: dict[str, Any] = {
             name: {k: v for k, v in getattr(self, name).items() if k.split("/")[0] in metrics} for name in names
         }
-        return replace(self, **kept)
+        data = tuple(row for row in self.data if row.metric in (*metrics, ""))
+        return replace(self, data=data, **kept)
+
+    @classmethod
+    def joined(cls, cards: Sequence[Card]) -> Card:
+        """One card that says what several cards of one model, of different metrics, say."""
+        names = (*_TABLES, "better_than_words")
+        tables: dict[str, Any] = {
+            name: {k: v for card in cards for k, v in getattr(card, name).items()} for name in names
+        }
+        return cls(
+            identity=cards[0].identity,
+            data=tuple(row for card in cards for row in card.data),
+            not_for="\n".join(dict.fromkeys(card.not_for for card in cards if card.not_for)),
+            run={"joined": [dict(card.run) for card in cards]},
+            **tables,
+        )
 
 
 _TABLES: dict[str, type[Any]] = {
+    "heads": HeadCard,
     "metrics": Measured,
     "baselines": Measured,
     "thresholds": ThresholdCard,
@@ -139,4 +171,4 @@ def _checked(kind: type[Any], raw: Any, path: Path) -> dict[str, Any]:
             f"{path}: unknown or missing keys for {kind.__name__}: {', '.join(wrong)}; written by another version of "
             "Pilotfish?"
         )
-    return dict(raw)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}

@@ -1,8 +1,4 @@
 // Reads the exchanges from the page's JSON block, sets one as text coloured by score, answers pointer and keyboard.
-"use strict";
-
-const $ = (id) => document.getElementById(id);
-const data = JSON.parse($("data").textContent);
 const state = {
   exchange: null,
   metric: "",
@@ -18,33 +14,10 @@ const BARS = 600; // about one a pixel
 
 const limitOf = (metric, exchange = state.exchange) => state.moved.get(metric) ?? exchange.thresholds?.[metric] ?? 0.5;
 const scoreOf = (token, metric = state.metric) => token.scores?.[metric];
-const words = (name) => name.replaceAll("_", " ");
-const decimals = (score) => score.toFixed(2);
-const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
-
-function make(tag, attributes = {}, ...children) {
-  const space = ["path", "line", "rect"].includes(tag) ? "http://www.w3.org/2000/svg" : "http://www.w3.org/1999/xhtml";
-  const node = document.createElementNS(space, tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
+/** What is held against the threshold: the score of the text so far; the token's own where a page has no other. */
+const runningOf = (token, metric = state.metric) => token.running?.[metric] ?? scoreOf(token, metric);
 
 // ---- Setting an exchange ----
-
-// Line breaks, tabs, and the controls that hide or reorder text: each gets a visible mark.
-const MARKED = /(\r\n|[\u0000-\u001f\u007f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff])/;
-
-function glyphs(text, keepsBreaks) {
-  const glyph = (kind, sign) => make("i", { class: `glyph ${kind}`, "data-glyph": sign });
-  if (text === "") return [glyph("", "◌")];
-  return text.split(MARKED).filter(Boolean).flatMap((part) => {
-    if (!MARKED.test(part)) return [part];
-    if (part === "\t") return [glyph("faint", "→"), part];
-    if (part.endsWith("\n")) return [glyph("faint", "↵"), keepsBreaks ? part : ""];
-    return [glyph("control", `U+${part.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`)];
-  });
-}
 
 function addStop(block, token, round, isRejected) {
   const node = make(isRejected ? "s" : "span", { "data-stop": state.stops.length }, ...glyphs(token.text, !isRejected));
@@ -171,7 +144,7 @@ function mark() {
   const counts = { prompt: 0, answer: 0, unscored: 0 };
   for (const { node, token, isRejected } of state.stops) {
     if (isRejected) continue;
-    const score = scoreOf(token);
+    const score = runningOf(token);
     node.classList.toggle("over", score >= limit);
     if (score === undefined) counts.unscored += 1;
     else if (score >= limit) counts[token.origin === "prompt" ? "prompt" : "answer"] += 1;
@@ -198,7 +171,7 @@ function answerOf({ tokens }) {
 function markContents() {
   data.exchanges.forEach((exchange, index) => {
     const [, highest, over] = $("contents").children[index].firstChild.children;
-    const scores = answerOf(exchange).map((token) => scoreOf(token)).filter((score) => score !== undefined);
+    const scores = answerOf(exchange).map((token) => runningOf(token)).filter((score) => score !== undefined);
     const limit = limitOf(state.metric, exchange);
     const top = scores.reduce((most, score) => Math.max(most, score), 0);
     highest.replaceChildren(scores.length ? make("span", { class: "chip" }, decimals(top)) : "not scored");
@@ -212,7 +185,7 @@ function drawStrip() {
   const bin = Math.ceil(tokens.length / BARS);
   let bars = "", gaps = "";
   for (let at = 0; at < tokens.length; at += bin) {
-    const scores = tokens.slice(at, at + bin).map((token) => scoreOf(token));
+    const scores = tokens.slice(at, at + bin).map((token) => runningOf(token));
     bars += `M${at} 100V${100 * (1 - Math.max(...scores.map((score) => score ?? 0)))}h${bin}V100z`;
     if (scores.includes(undefined)) gaps += `M${at} 100V0h${bin}V100z`;
   }
@@ -269,6 +242,8 @@ function scoreLine({ token, isRejected }, metric) {
   bar.style.setProperty("--limit", limitOf(metric));
   const line = make("li", { class: metric === state.metric ? "chosen" : "" }, make("span", {}, words(metric)),
     make("span", { class: "value" }, score === undefined ? "not scored" : score.toFixed(3)), bar);
+  const running = token.running?.[metric];
+  if (running !== undefined) line.append(make("span", { class: "reason" }, `text so far ${running.toFixed(3)}`));
   const missing = isRejected ? "the draft never read it" : "no score was recorded";
   if (score === undefined) line.append(make("span", { class: "reason" }, token.unscored?.[metric] ?? missing));
   return line;
@@ -279,7 +254,7 @@ function decisions({ token, isRejected }) {
   const verdicts = (state.exchange.verdicts ?? []).filter(({ position }) => position === token.position);
   if (verdicts.length) return verdicts.map(({ action, reason }) => `Verdict: ${action}, because ${reason}.`);
   const limit = limitOf(state.metric);
-  return [scoreOf(token) >= limit ? `No verdict; at ${decimals(limit)} it would be flagged.` : "No verdict."];
+  return [runningOf(token) >= limit ? `No verdict; at ${decimals(limit)} it would be flagged.` : "No verdict."];
 }
 
 function goTo(stop, pins) {

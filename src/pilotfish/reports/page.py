@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import json
-import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pilotfish.errors import SettingError
+from pilotfish.reports.document import document
 from pilotfish.reports.exchange import check_exchange, check_table
 from pilotfish.runs import write_text
 
@@ -47,29 +42,5 @@ def render_page(
         check_exchange(exchange, f"exchange {index + 1}")
     if tax is not None:
         check_table(tax, "tax table")
-    parts = {
-        "title": html.escape(title).encode("ascii", "xmlcharrefreplace").decode(),
-        "data": _json_for_html({"title": title, "exchanges": exchanges, "tax": tax}),
-    }
-    for name, asset in (("style", "page.css"), ("theme", "theme.js"), ("script", "page.js")):
-        parts[name] = resources.files("pilotfish.reports").joinpath(asset).read_text(encoding="utf-8")
-        parts[f"{name}_hash"] = _hash(parts[name])
-    template = resources.files("pilotfish.reports").joinpath("page.html").read_text(encoding="utf-8")
-    # One pass over the template alone: a placeholder inside a model's text stays text.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
-
-
-def _hash(source: str) -> str:
-    """The name by which the page's Content-Security-Policy lets exactly this inline source through."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-
-
-def _json_for_html(value: object) -> str:
-    """JSON that stays inside its script element: pure ASCII, and no character that HTML reads as markup."""
-    try:
-        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    except (TypeError, ValueError) as error:
-        raise SettingError(
-            f"the page's data is not JSON ({error}); give text, finite numbers, lists and objects only"
-        ) from error
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    data = {"title": title, "exchanges": exchanges, "tax": tax}
+    return document("page.html", data, styles=("page.css",), scripts=("marks.js", "page.js"))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
 from torch import Tensor
 
 from pilotfish.errors import SettingError
@@ -33,12 +33,15 @@ def auroc(scores: Scores, labels: Scores) -> float:
 
     Labels of 0.5 and more are positive.
     """
+    return auroc_of_draws(scores, labels)(torch.arange(len(scores)))
+
+
+def auroc_of_draws(scores: Scores, labels: Scores) -> Statistic:
+    """`auroc` of any rows of these, repeated ones included: scores are ranked once, then each draw only counts."""
     z, is_positive = _arrays(scores, labels)
-    num_positive, num_negative = int(is_positive.sum()), int((~is_positive).sum())
-    if not num_positive or not num_negative:
-        return math.nan
-    wins = rankdata(z)[is_positive].sum() - num_positive * (num_positive + 1) / 2
-    return float(wins / (num_positive * num_negative))
+    levels, level = np.unique(z, return_inverse=True)
+    cell = 2 * level + is_positive  # one for the negatives of each level, one for its positives
+    return partial(_auroc_of_cells, cell, len(levels))
 
 
 def tpr_at_fpr(scores: Scores, labels: Scores, fpr: float) -> float:
@@ -50,16 +53,28 @@ def tpr_at_fpr(scores: Scores, labels: Scores, fpr: float) -> float:
     Raises:
         SettingError: `fpr` is outside [0, 1].
     """
-    if not 0.0 <= fpr <= 1.0:
-        raise SettingError(f"false-positive rate {fpr} is outside [0, 1]")
+    return tpr_at_fprs(scores, labels, [fpr])[0]
+
+
+def tpr_at_fprs(scores: Scores, labels: Scores, fprs: Sequence[float]) -> list[float]:
+    """`tpr_at_fpr` at several rates, for one sorting.
+
+    Raises:
+        SettingError: a rate is outside [0, 1].
+    """
+    for fpr in fprs:
+        if not 0.0 <= fpr <= 1.0:
+            raise SettingError(f"false-positive rate {fpr} is outside [0, 1]")
     z, is_positive = _arrays(scores, labels)
-    positives, negatives = z[is_positive], np.sort(z[~is_positive])[::-1]
+    positives, negatives = np.sort(z[is_positive]), np.sort(z[~is_positive])
     if not len(positives) or not len(negatives):
-        return math.nan
-    allowed = math.floor(fpr * len(negatives) + 1e-9)
-    if allowed >= len(negatives):
-        return 1.0
-    return float((positives > negatives[allowed]).mean())
+        return [math.nan] * len(fprs)
+    found = []
+    for fpr in fprs:
+        allowed = math.floor(fpr * len(negatives) + 1e-9)
+        below = np.searchsorted(positives, negatives[-1 - allowed], "right") if allowed < len(negatives) else 0
+        found.append(float((len(positives) - below) / len(positives)))
+    return found
 
 
 def pairwise_accuracy(positive: Scores, negative: Scores) -> float:
@@ -70,10 +85,23 @@ def pairwise_accuracy(positive: Scores, negative: Scores) -> float:
     return float((positive > negative).double().add(0.5 * (positive == negative).double()).mean())
 
 
+def mean_of(values: Sequence[float | int]) -> Statistic:
+    """The mean of any rows of these; NaN of none."""
+    column = torch.tensor(values, dtype=torch.float64)
+    return lambda rows: float(column[rows].mean())
+
+
 def bootstrap_by_group(
-    statistic: Statistic, groups: Sequence[str], *, generator: torch.Generator, num_resamples: int = 1000
+    statistic: Statistic,
+    groups: Sequence[str],
+    *,
+    generator: torch.Generator,
+    num_resamples: int = 1000,
+    level: float = 0.95,
 ) -> Estimate:
-    """A figure with its 95 % percentile interval over resampled groups, since rows of one document are not independent.
+    """A figure with its percentile interval over resampled groups, since rows of one document are not independent.
+
+    `level` is the share of the draws between its ends; 0.9 makes each end a one-sided bound at 95 %.
 
     Draws in which the figure is not defined are left out.
 
@@ -98,8 +126,16 @@ def bootstrap_by_group(
             f"the figure is not defined for these {len(groups)} rows of {len(names)} groups, or for too few resamples "
             "of them; give more documents with both labels"
         )
-    low, high = np.quantile(defined, [0.025, 0.975])
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(low), float(high), len(names))
+
+
+def _auroc_of_cells(cell: Int[np.ndarray, " item"], num_levels: int, rows: Int[Tensor, " drawn"]) -> float:
+    counts = np.bincount(cell[rows.numpy()], minlength=2 * num_levels).reshape(-1, 2)
+    negatives, positives = counts[:, 0], counts[:, 1]
+    num_pairs = int(negatives.sum()) * int(positives.sum())
+    doubled_wins = positives @ (2 * negatives.cumsum() - negatives)
+    return float(doubled_wins / (2 * num_pairs)) if num_pairs else math.nan
 
 
 def _arrays(scores: Scores, labels: Scores) -> tuple[Float[np.ndarray, " item"], np.ndarray]:

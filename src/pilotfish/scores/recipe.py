@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from pilotfish.core import Conversation, Site
@@ -21,20 +24,26 @@ from pilotfish.heads import (
     DataCard,
     FitConfig,
     FitResult,
+    Form,
+    Head,
     HeadBank,
-    LinearHead,
     Measured,
     ThresholdCard,
+    Which,
     fit,
 )
 from pilotfish.models import LoadedModel, evenly_spaced_sites
 from pilotfish.runs import generator, run_card
-from pilotfish.scores import baselines
+from pilotfish.scores.baselines import require_sklearn
 from pilotfish.scores.calibration import Threshold, num_benign_needed, platt, threshold_at_budget
-from pilotfish.scores.evaluation import ScoredText, compare, evaluate
+from pilotfish.scores.evaluation import compare, evaluate
+from pilotfish.scores.lexical import lexical_control
 from pilotfish.scores.metrics import Estimate, auroc
+from pilotfish.scores.prepared import Text, has_both_labels, prepare, response_labels, scored
+from pilotfish.scores.rivals import RivalConfig, rivals
+from pilotfish.scores.scored import ScoredText
 from pilotfish.taps import Recording, TokenRow, record
-from pilotfish.texts import TokenizedText, check_leak, tokenize
+from pilotfish.texts import check_leak
 
 logger = logging.getLogger(__name__)
 
@@ -57,27 +66,15 @@ class RecipeConfig:
     fit: FitConfig = field(default_factory=FitConfig)
     num_resamples: int = 1000
     """Bootstrap draws an interval."""
-    has_baselines: bool = True
-    """Whether to train TF-IDF and length baselines too, which needs the extra `evaluate`."""
+    rivals: RivalConfig = field(default_factory=RivalConfig)
     not_for: str = NOT_FOR
     """For the card: what must not be concluded."""
 
 
-class Text(NamedTuple):
-    """A conversation with the labels of one metric."""
-
-    conversation: Conversation
-    tokens: TokenizedText
-    labels: Float[Tensor, " token"]
-    """NaN where unlabelled."""
-    label: float
-    """Of the whole response; NaN when it has none, or when all that made it positive was cut off."""
-    is_response: Bool[Tensor, " token"]
-    """What an engine would have generated: the assistant's tokens, ends of turn included."""
-
-    @property
-    def prompt(self) -> str:
-        return "\n".join(message.content for message in self.conversation.messages[:-1])
+class Built(NamedTuple):
+    bank: HeadBank
+    scored: dict[str, list[ScoredText]]
+    """The test texts as the head and as each baseline scores them; they hold the texts' own words."""
 
 
 def build_bank(
@@ -89,56 +86,66 @@ def build_bank(
     config: RecipeConfig,
     work_folder: Path,
     seed: int,
-) -> HeadBank:
+) -> Built:
     """Records, fits, calibrates, sets the threshold and evaluates; an interrupted run goes on from its recordings.
 
     Args:
         splits: `train` (the head learns), `validation` (stops the fit, chooses its regularisation, calibrates) and
             `test` (only measured).
         benign: What must not be flagged; none of it may stand in `train` or `validation`.
-        work_folder: Keeps the recorded activations, one folder a split; about 2 bytes a token, site and hidden unit.
+        work_folder: Keeps the recorded activations, about 2 bytes a token, site and hidden unit. A folder in it is
+            named by what it holds, so that other splits of the same texts find them there.
 
     Raises:
         SettingError: too few benign responses for the budget, splits missing, or no scikit-learn for the baselines.
-        TextError: a split lacks positive or negative tokens; a text that cannot be tokenised.
+        TextError: a split lacks positive or negative labels; a text that cannot be tokenised.
         LeakError: a document stands in two splits, or a benign one among those that the head was made with.
-        ArtefactError: the work folder holds recordings of other texts or of another model.
+        ArtefactError: a recording in the work folder is damaged.
     """
     _check_given(splits, benign, config)
     texts = {name: prepare(rows, reader, metric, config.max_tokens) for name, rows in splits.items()}
-    for name in SPLITS:
-        _check_labels(name, texts[name], metric)
+    form = _form(texts, metric, config.fit.form)
     texts["benign"] = prepare(benign, reader, metric, config.max_tokens, keeps_unlabelled=True)
     _check_num_benign(len(texts["benign"]), config.budget)
     sites = evenly_spaced_sites(reader.model, config.num_sites)
-    recordings = {name: _record(rows, reader, sites, work_folder / name) for name, rows in texts.items()}
-
-    labels = {text.tokens.id: text.labels for name in ("train", "validation") for text in texts[name]}
-    result = fit(
-        recordings["train"],
-        recordings["validation"],
-        labels,
-        config=config.fit,
-        quality=auroc,
-        generator=generator(seed, "fit"),
-    )
-    head, calibration = _calibrated(result.head(metric, sites), recordings["validation"], labels)
+    recorded = _recorded([text for name in SPLITS for text in texts[name]], reader, sites, work_folder)
+    recorded_benign = _recorded(texts["benign"], reader, sites, work_folder)
+    result = _fitted(texts, recorded, replace(config.fit, form=form), seed)
+    head, calibration = _calibrated(result.head(metric, sites), texts["validation"], recorded)
     bank = HeadBank([head], reader.identity)
-    threshold = _threshold(bank, texts["benign"], recordings["benign"], config.budget)
-    figures = _evaluated(bank, texts, recordings["test"], threshold.threshold, config, seed)
-    difference = figures.metrics.get(f"{metric}/auroc_token_minus_words")
+    benign_scores = [text.score for text in _scored(bank, texts["benign"], recorded_benign)]
+    threshold = threshold_at_budget(torch.tensor(benign_scores), config.budget)
+    by_scorer = {"head": _scored(bank, texts["test"], recorded)}
+    by_scorer |= rivals(texts, reader, metric=metric, config=config.rivals, seed=seed)
+    figures = _evaluated(metric, by_scorer, threshold.threshold, config.num_resamples, seed)
     card = Card(
         identity=reader.identity,
-        data=_data(texts),
+        data=_data(texts, metric),
         metrics=figures.metrics,
         baselines=figures.baselines,
         thresholds={metric: _threshold_card(threshold, texts["benign"])},
-        calibration={metric: calibration},
-        better_than_words={} if difference is None else {metric: difference.low > 0},
+        calibration=calibration,
+        better_than_words=_better_than_words(metric, figures.metrics),
         not_for=config.not_for + _caveats(metric, figures.metrics),
         run=run_card("fit", _settings(metric, config, result), seed),
     )
-    return HeadBank([head], reader.identity, card=card)
+    return Built(HeadBank([head], reader.identity, card=card), by_scorer)
+
+
+def _fitted(texts: Mapping[str, Sequence[Text]], recorded: Recording, config: FitConfig, seed: int) -> FitResult:
+    train, validation = (_Part(tuple(text.tokens.id for text in texts[name]), recorded) for name in SPLITS[:2])
+    examples = {text.tokens.id: text.example for name in SPLITS[:2] for text in texts[name]}
+    return fit(train, validation, examples, config=config, quality=auroc, generator=generator(seed, "fit"))
+
+
+class _Part(NamedTuple):
+    """Some rows of a recording."""
+
+    row_ids: tuple[str, ...]
+    recording: Recording
+
+    def features(self, row_id: str) -> Float[Tensor, "token feature"]:
+        return self.recording.features(row_id)
 
 
 def _check_given(
@@ -149,8 +156,8 @@ def _check_given(
     _check_num_benign(len(benign), config.budget)
     check_leak(splits)
     check_leak({"train": splits["train"], "validation": splits["validation"], "benign": benign})
-    if config.has_baselines:
-        baselines.require_sklearn()
+    if {"words", "length"} & set(config.rivals.names):
+        require_sklearn()
 
 
 def _check_num_benign(count: int, budget: float) -> None:
@@ -162,101 +169,71 @@ def _check_num_benign(count: int, budget: float) -> None:
         )
 
 
-def prepare(
-    rows: Sequence[Conversation],
-    reader: LoadedModel,
-    metric: str,
-    max_tokens: int,
-    *,
-    keeps_unlabelled: bool = False,
-) -> list[Text]:
-    """Tokens and labels; texts without any label of the metric, or cut before their response, are left out."""
-    texts = [_text(row, tokenize(row, reader.tokenizer, max_tokens=max_tokens), metric) for row in rows]
-    kept = [
-        text
-        for text in texts
-        if bool(text.is_response.any()) and (keeps_unlabelled or bool(text.labels.isfinite().any()))
-    ]
-    if len(kept) < len(texts):
-        logger.warning(
-            "%d of %d texts have no labelled token within %d", len(texts) - len(kept), len(texts), max_tokens
-        )
-    return kept
-
-
-def _text(conversation: Conversation, tokens: TokenizedText, metric: str) -> Text:
-    labels = torch.tensor(tokens.labels.get(metric, [float("nan")] * len(tokens.token_ids)))
-    label = tokens.response_labels.get(metric, float("nan"))
-    if label > 0 and tokens.num_spans_lost and not bool((labels > 0).any()):
-        label = float("nan")
-    return Text(conversation, tokens, labels, label, _is_response(conversation, tokens.messages))
-
-
-def _is_response(conversation: Conversation, messages: Sequence[int]) -> Bool[Tensor, " token"]:
-    """Tokens of assistant messages and the one template token that ends each; all messages when no assistant speaks."""
-    roles = [message.role for message in conversation.messages]
-    chosen = {i for i, role in enumerate(roles) if role == "assistant" or "assistant" not in roles}
-    before = [-1, *messages[:-1]]
-    return torch.tensor(
-        [now in chosen or (now < 0 and last in chosen) for now, last in zip(messages, before, strict=True)]
-    )
-
-
-def _check_labels(name: str, texts: Sequence[Text], metric: str) -> None:
-    known = [text.labels[text.labels.isfinite()] for text in texts]
-    num_positive = sum(int((labels > 0).sum()) for labels in known)
-    num_negative = sum(map(len, known)) - num_positive
-    if not num_positive or not num_negative:
+def _form(texts: Mapping[str, Sequence[Text]], metric: str, form: Form) -> Form:
+    """The form asked for; a linear head of two channels becomes one of one where only one kind of label is there."""
+    lacking = {
+        "tokens": [name for name in SPLITS if not has_both_labels(torch.cat([row.labels for row in texts[name]]))],
+        "responses": [name for name in SPLITS if not has_both_labels(response_labels(texts[name]))],
+    }
+    if all(lacking.values()):
+        found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in lacking.items())
         raise TextError(
-            f"split {name} has {num_positive} positive and {num_negative} negative tokens for {metric!r} in "
-            f"{len(texts)} texts; give documents with both (spans mark the positive tokens of a text)"
+            f"some splits lack positive or negative labels for {metric!r} ({found}); give documents with both to each "
+            "(spans mark the positive tokens of a text, labels whole responses)"
         )
+    return replace(form, width=1) if any(lacking.values()) and form.kind == "linear" else form
 
 
-def _record(texts: Sequence[Text], reader: LoadedModel, sites: tuple[Site, ...], folder: Path) -> Recording:
-    rows = [TokenRow(text.tokens.id, tuple(text.tokens.token_ids)) for text in texts]
+def _recorded(texts: Sequence[Text], reader: LoadedModel, sites: tuple[Site, ...], work_folder: Path) -> Recording:
+    """The texts' activations, in a folder that is named by reader, sites and tokens."""
+    rows = sorted(TokenRow(text.tokens.id, tuple(text.tokens.token_ids)) for text in texts)
+    content = json.dumps([reader.identity.weights, str(reader.model.dtype), [str(site) for site in sites], rows])
+    folder = work_folder / hashlib.sha256(content.encode()).hexdigest()[:16]
     return record(reader.model, sites, rows, folder, identity_hash=reader.identity.weights)
 
 
-def _calibrated(
-    head: LinearHead, recording: Recording, labels: Mapping[str, Tensor]
-) -> tuple[LinearHead, CalibrationCard]:
-    known = {row: labels[row].isfinite() for row in recording.row_ids}
-    logits = torch.cat([head.logits(recording.features(row)[known[row]]) for row in recording.row_ids])
-    targets = torch.cat([labels[row][known[row]] for row in recording.row_ids])
-    found = platt(logits, targets)
-    if found.scale <= 0:
-        logger.warning(
-            "on validation, higher logits of %s go with fewer positives: the head has learned nothing", head.metric
+def _calibrated(head: Head, texts: Sequence[Text], recorded: Recording) -> tuple[Head, dict[str, CalibrationCard]]:
+    """Both logits become log-odds on validation; one without labels there, or without order, stays as it is."""
+    cards: dict[str, CalibrationCard] = {}
+    for which in ("token", "response"):
+        logits, labels = _validation(which, head, texts, recorded)
+        if not has_both_labels(labels) or (head.form.shares and cards):
+            continue
+        scale, shift = platt(logits, labels)
+        if scale <= 0:
+            logger.warning("on validation, higher %s logits of %s go with fewer positives", which, head.metric)
+            continue
+        head = head.rescaled(which, scale, shift)
+        cards[f"{head.metric}/{which}"] = CalibrationCard(
+            scale=scale, shift=shift, num_items=len(labels), share_positive=float(labels.double().mean())
         )
-    card = CalibrationCard(**found._asdict(), num_tokens=len(targets), share_positive=float(targets.double().mean()))
-    return head.rescaled(*found), card
+    return head, cards
 
 
-def _threshold(bank: HeadBank, texts: Sequence[Text], recording: Recording, budget: float) -> Threshold:
-    scored = _scored(bank, texts, recording)
-    return threshold_at_budget(torch.tensor([text.score for text in scored]), budget)
+def _validation(
+    which: Which, head: Head, texts: Sequence[Text], recorded: Recording
+) -> tuple[Float[Tensor, " item"], Float[Tensor, " item"]]:
+    """Logits and labels of the tokens, or the responses, that have one."""
+    logits, labels = [], []
+    for text in texts:
+        found = head.logits(recorded.features(text.tokens.id), which)
+        if which == "token":
+            known = text.labels.isfinite()
+            logits.append(found[known])
+            labels.append(text.labels[known])
+        elif not math.isnan(text.label):
+            logits.append(found[text.is_response].max()[None])
+            labels.append(torch.tensor([text.label]))
+    return torch.cat(logits or [torch.zeros(0)]), torch.cat(labels or [torch.zeros(0)])
 
 
 def _scored(bank: HeadBank, texts: Sequence[Text], recording: Recording) -> list[ScoredText]:
-    """What the bank's only head says of recorded texts; a response scores what its highest token scores."""
-    scored = []
+    """What the bank's only head says of recorded texts; a response scores the highest that it has run to."""
+    found = []
     for text in texts:
-        scores = bank.probabilities(recording.features(text.tokens.id))[:, 0]
-        scored.append(_scored_text(text, scores, float(scores[text.is_response].max())))
-    return scored
-
-
-def _scored_text(text: Text, token_scores: Tensor | None, score: float) -> ScoredText:
-    return ScoredText(
-        id=text.tokens.id,
-        group=text.tokens.group,
-        prompt=text.prompt,
-        label=text.label,
-        score=score,
-        token_labels=text.labels,
-        token_scores=token_scores,
-    )
+        tokens, running = (part[:, 0] for part in bank.score_text(recording.features(text.tokens.id)))
+        found.append(scored(text, float(running[text.is_response].max()), tokens, running))
+    return found
 
 
 class _Figures(NamedTuple):
@@ -265,58 +242,62 @@ class _Figures(NamedTuple):
 
 
 def _evaluated(
-    bank: HeadBank,
-    texts: Mapping[str, Sequence[Text]],
-    recording: Recording,
-    threshold: float,
-    config: RecipeConfig,
-    seed: int,
+    metric: str, by_scorer: Mapping[str, list[ScoredText]], threshold: float, num_resamples: int, seed: int
 ) -> _Figures:
-    metric, num_resamples = bank.metrics[0], config.num_resamples
-    scored = _scored(bank, texts["test"], recording)
+    """Figures of the head and of its baselines, each with the difference on the texts that both scored."""
 
     def bootstrap() -> torch.Generator:
         return generator(seed, "bootstrap")  # the same draws for every scorer
 
-    metrics = evaluate(scored, threshold=threshold, generator=bootstrap(), num_resamples=num_resamples)
+    head = by_scorer["head"]
+    metrics = evaluate(head, threshold=threshold, generator=bootstrap(), num_resamples=num_resamples)
     others: dict[str, Estimate] = {}
-    for name, baseline in _baselines(texts, seed).items() if config.has_baselines else ():
-        found = evaluate(baseline, generator=bootstrap(), num_resamples=num_resamples)
+    for name, rival in by_scorer.items():
+        if name == "head":
+            continue
+        found = evaluate(rival, generator=bootstrap(), num_resamples=num_resamples)
         others |= {f"{figure}/{name}": estimate for figure, estimate in found.items()}
-        differences = compare(scored, baseline, generator=bootstrap(), num_resamples=num_resamples)
+        seen = {text.id for text in rival}
+        same = [text for text in head if text.id in seen]
+        differences = compare(same, rival, generator=bootstrap(), num_resamples=num_resamples)
         metrics |= {f"{figure}_minus_{name}": estimate for figure, estimate in differences.items()}
+    if "words" in by_scorer:
+        metrics |= lexical_control(
+            head, by_scorer["words"], threshold=threshold, generator=bootstrap(), num_resamples=num_resamples
+        )
     return _Figures(*({f"{metric}/{k}": Measured(**v._asdict()) for k, v in e.items()} for e in (metrics, others)))
 
 
-def _baselines(texts: Mapping[str, Sequence[Text]], seed: int) -> dict[str, list[ScoredText]]:
-    """The test texts as scored by their words and by their length alone."""
-    train, test = ([text.tokens for text in texts[name]] for name in ("train", "test"))
-    responses = torch.tensor([text.label for text in texts["train"]])
-    tokens = baselines.token_words(
-        train, [text.labels for text in texts["train"]], test, generator=generator(seed, "baseline")
-    )
-    words = baselines.response_words(train, responses, test).tolist()
-    lengths = baselines.response_length(train, responses, test).tolist()
-    return {
-        "words": [_scored_text(*each) for each in zip(texts["test"], tokens, words, strict=True)],
-        "length": [_scored_text(text, None, length) for text, length in zip(texts["test"], lengths, strict=True)],
-    }
+def _better_than_words(metric: str, metrics: Mapping[str, Measured]) -> dict[str, bool]:
+    """By tokens where they are labelled, else by responses."""
+    names = (f"{metric}/auroc_token_minus_words", f"{metric}/auroc_response_minus_words")
+    found = next((metrics[name] for name in names if name in metrics), None)
+    return {} if found is None else {metric: found.low > 0}
 
 
-def _data(texts: Mapping[str, Sequence[Text]]) -> tuple[DataCard, ...]:
+def _data(texts: Mapping[str, Sequence[Text]], metric: str) -> tuple[DataCard, ...]:
     sizes: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for role, rows in texts.items():
         for text in rows:
             sizes[role, text.conversation.source, text.conversation.license].append(len(text.tokens.token_ids))
     return tuple(
-        DataCard(source=source, license=license, num_rows=len(counts), num_tokens=sum(counts), role=role)
+        DataCard(
+            source=source,
+            license=license,
+            num_rows=len(counts),
+            num_tokens=sum(counts),
+            role=role,
+            metric=metric,
+        )
         for (role, source, license), counts in sizes.items()
     )
 
 
 def _threshold_card(threshold: Threshold, benign: Sequence[Text]) -> ThresholdCard:
     sources = sorted({text.conversation.source or "unnamed" for text in benign})
-    return ThresholdCard(**threshold._asdict(), benign_source=", ".join(sources))
+    is_answered = any(message.role == "assistant" for text in benign for message in text.conversation.messages)
+    scope: Literal["answer", "prompt"] = "answer" if is_answered else "prompt"
+    return ThresholdCard(**threshold._asdict(), benign_source=", ".join(sources), scope=scope)
 
 
 def _caveats(metric: str, metrics: Mapping[str, Measured]) -> str:
@@ -328,5 +309,5 @@ def _caveats(metric: str, metrics: Mapping[str, Measured]) -> str:
 
 
 def _settings(metric: str, config: RecipeConfig, result: FitResult) -> dict[str, object]:
-    chosen = {"epoch": result.epoch, "weight_decay": result.weight_decay, "quality": result.quality}
-    return {"metric": metric, **asdict(config), "chosen": chosen}
+    chosen = {part: found._asdict() for part, found in result.chosen.items()}
+    return {"metric": metric, **asdict(config), "form": asdict(result.form), "chosen": chosen}

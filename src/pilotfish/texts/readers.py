@@ -1,7 +1,7 @@
-"""Public data sets, as published, in; conversations with spans, labels and groups out.
+"""Public sets of code, as published, in; conversations with spans, labels and groups out.
 
-The files are not part of the package: the documentation says where each is to be had. Code sets are grouped by source
-repository (`owner/name` in lower case, the same in both), so that `split` keeps a repository on one side.
+The files are not part of the package: the documentation says where each is to be had. Groups are source repositories
+(`owner/name` in lower case, the same in both sets), so that `split` keeps a repository on one side.
 """
 
 from __future__ import annotations
@@ -10,22 +10,20 @@ import difflib
 import itertools
 import logging
 import re
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from pilotfish.core import Conversation, Message, Span
+from pilotfish.core import Conversation
 from pilotfish.errors import TextError
 from pilotfish.texts.conversations import as_index, as_list, as_object, as_text, json_lines, parse_json, read_bytes
+from pilotfish.texts.rows import exchange, reply_spans, without_margins
 
 logger = logging.getLogger(__name__)
 
 INSECURE_CODE = "insecure_code"
-HALLUCINATION = "hallucination"
 
 SVEN = "eth-sri/sven"
 CYBERSECEVAL = "meta-llama/PurpleLlama CybersecurityBenchmarks"
-HALUEVAL = "RUCAIBox/HaluEval"
 
 _LANGUAGES = {"py": "Python", "c": "C", "h": "C", "cc": "C++", "cpp": "C++", "C": "C++"}
 _WORD = re.compile(r"\w")
@@ -77,44 +75,17 @@ def read_cyberseceval(path: Path) -> list[Conversation]:
     ]
 
 
-def read_halueval_benign(path: Path) -> list[Conversation]:
-    """Reads the real assistant replies that were judged free of hallucination, to serve as benign traffic.
-
-    The file is general_data.json of RUCAIBox/HaluEval (JSON lines). The replies get the label 0 of `hallucination`. Ids
-    are line numbers, since the published ids are not unique.
-
-    Raises:
-        TextError: the file cannot be read, a row is not of that form, or no row is benign.
-    """
-    conversations = []
-    for number, row in json_lines(path):
-        where = f"{path}:{number}"
-        verdict = as_text(row, "hallucination", where)
-        if verdict not in ("yes", "no"):
-            raise TextError(f"{where}: 'hallucination' is {verdict!r}; it should be yes or no")
-        if verdict == "yes":
-            continue
-        identifier = f"halueval-{number}"
-        messages = _exchange(as_text(row, "user_query", where), as_text(row, "chatgpt_response", where), where)
-        conversations.append(
-            Conversation(identifier, identifier, messages, labels={HALLUCINATION: 0.0}, source=HALUEVAL, license="MIT")
-        )
-    if not conversations:
-        raise TextError(f"{path}: no row has 'hallucination': 'no'; give general_data.json of RUCAIBox/HaluEval")
-    return conversations
-
-
 def _sven_pair(row: dict[str, object], where: str, identifier: str) -> list[Conversation]:
     before, after = as_text(row, "func_src_before", where), as_text(row, "func_src_after", where)
     if before.split() == after.split():
         return []
-    spans = _spans(_changed_ranges(row, before, where) or _insertion_ranges(before, after))
+    spans = reply_spans(_changed_ranges(row, before, where) or _insertion_ranges(before, after), INSECURE_CODE)
     if not spans:
         raise TextError(f"{where}: nothing to label: 'func_src_before' has no line with a word in it")
     language = _LANGUAGES.get(PurePosixPath(as_text(row, "file_name", where)).suffix.removeprefix("."))
     prompt = f"Complete the function `{as_text(row, 'func_name', where)}`{f' in {language}' if language else ''}."
     group = _repository(as_text(row, "commit_link", where), where)
-    insecure, fixed = _exchange(prompt, before, where), _exchange(prompt, after, where)
+    insecure, fixed = exchange(prompt, before, where), exchange(prompt, after, where)
     return [
         Conversation(f"{identifier}-before", group, insecure, spans=spans, source=SVEN, license="MIT"),
         Conversation(f"{identifier}-after", group, fixed, labels={INSECURE_CODE: 0.0}, source=SVEN, license="MIT"),
@@ -134,7 +105,7 @@ def _changed_ranges(row: dict[str, object], before: str, where: str) -> list[tup
                 "the file is damaged or of another version"
             )
         ranges.append((start, min(end, len(before))))
-    return _without_margins(before, ranges)
+    return without_margins(before, ranges)
 
 
 def _insertion_ranges(before: str, after: str) -> list[tuple[int, int]]:
@@ -147,7 +118,7 @@ def _insertion_ranges(before: str, after: str) -> list[tuple[int, int]]:
     for tag, at, _, _, _ in matcher.get_opcodes():
         if tag != "equal" and worded:
             chosen.add(next((index for index in worded if index >= at), worded[-1]))
-    return _without_margins(before, [(ends[index] - len(lines[index]), ends[index]) for index in sorted(chosen)])
+    return without_margins(before, [(ends[index] - len(lines[index]), ends[index]) for index in sorted(chosen)])
 
 
 def _cyberseceval_row(row: dict[str, object], where: str) -> Conversation:
@@ -162,32 +133,11 @@ def _cyberseceval_row(row: dict[str, object], where: str) -> Conversation:
     return Conversation(
         id=f"cyberseceval-{as_index(row, 'prompt_id', where)}",
         group=as_text(row, "repo", where).lower(),
-        messages=_exchange(as_text(row, "test_case_prompt", where).strip(), code, where),
-        spans=_spans(_without_margins(code, ranges)),
+        messages=exchange(as_text(row, "test_case_prompt", where).strip(), code, where),
+        spans=reply_spans(without_margins(code, ranges), INSECURE_CODE),
         source=CYBERSECEVAL,
         license="MIT",
     )
-
-
-def _exchange(prompt: str, response: str, where: str) -> tuple[Message, Message]:
-    if not response.strip():
-        raise TextError(f"{where}: the response is empty; remove the row")
-    return Message("user", prompt), Message("assistant", response)
-
-
-def _spans(ranges: Iterable[tuple[int, int]]) -> tuple[Span, ...]:
-    return tuple(Span(message=1, start=start, end=end, metric=INSECURE_CODE, value=1.0) for start, end in ranges)
-
-
-def _without_margins(text: str, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Takes indentation and line ends off the ranges; drops those of white space alone."""
-    trimmed = []
-    for start, end in ranges:
-        body = text[start:end].strip()
-        if body:
-            first = text.index(body, start)
-            trimmed.append((first, first + len(body)))
-    return trimmed
 
 
 def _repository(commit_link: str, where: str) -> str:

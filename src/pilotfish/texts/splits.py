@@ -79,6 +79,14 @@ def check_leak(splits: Mapping[str, Sequence[Conversation]]) -> None:
                     )
 
 
+def apart_from(held_out: Sequence[Conversation], rows: Sequence[Conversation]) -> list[Conversation]:
+    """The rows of documents that share neither the group nor a text with those that are held out."""
+    groups = {row.group for row in held_out}
+    documents = {digest for row in held_out for digest in _documents(row)}
+    groups |= {row.group for row in rows if not documents.isdisjoint(_documents(row))}
+    return [row for row in rows if row.group not in groups]
+
+
 def _joined_groups(conversations: Sequence[Conversation]) -> dict[str, str]:
     """Maps every group to the smallest name among the groups that it shares texts with, directly or through others."""
     parent = {conversation.group: conversation.group for conversation in conversations}

@@ -1,0 +1,115 @@
+"""What a head does with its channels: channels of consecutive tokens in, a logit a token and one a response so far out.
+
+A head's channels are linear in the activations, so a bank makes those of all heads with one matmul. The form is what
+follows. It keeps no state but the channels of the last `window - 1` tokens, however long the text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pilotfish.errors import SettingError
+
+Kind = Literal["linear", "mlp", "attention", "multimax"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """The token's logit says whether the property holds here; the response's, whether it has held lately.
+
+    * `linear`: channel 0 is the token's logit; the response's is the mean of the last channel over the window (the
+      sliding-window mean of Constitutional Classifiers++, arXiv 2601.04603, window 16). With one channel both are made
+      of the same; two let each be trained on its own labels.
+    * `mlp`: the channels are hidden units; after a ReLU one output layer gives both, the response's averaged as above.
+    * `attention`: channel 0 as above; `width` queries and `width` values, each query a softmax over the window (rolling
+      attention, arXiv 2601.11516, where the window is 10).
+    * `multimax`: channel 0 as above; the sum of the maxima of `width` channels over the window (arXiv 2601.11516 takes
+      them over the whole text; a window keeps the state bounded and lets an old peak be forgotten).
+    """
+
+    kind: Kind = "linear"
+    width: int = 2
+    """Channels (linear: 1 or 2), hidden units (mlp), or attention heads and maxima (attention, multimax)."""
+    window: int = 16
+    """Tokens that the response's logit looks back on, the current one included; fewer at the beginning of a text."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise SettingError(f"head form {self.kind!r} is unknown; use one of {', '.join(get_args(Kind))}")
+        if self.width < 1 or (self.kind == "linear" and self.width > 2):
+            raise SettingError(f"a {self.kind} head cannot have width {self.width}; give 1 or more, for linear 1 or 2")
+        if self.window < 1:
+            raise SettingError(f"window {self.window} is too small; give 1 or more tokens")
+
+    @property
+    def num_channels(self) -> int:
+        return {
+            "linear": self.width,
+            "mlp": self.width,
+            "attention": 1 + 2 * self.width,
+            "multimax": 1 + self.width,
+        }[self.kind]
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers of the output layer: two rows of weights and two biases of an `mlp`, none of the others."""
+        return 2 * self.width + 2 if self.kind == "mlp" else 0
+
+    @property
+    def shares(self) -> bool:
+        """Whether token and response are read off the same numbers, so that neither can be rescaled alone."""
+        return self.kind == "linear" and self.width == 1
+
+    def tokens(
+        self, channels: Float[Tensor, "token *head channel"], outputs: Float[Tensor, "*head output"]
+    ) -> Float[Tensor, "token ..."]:
+        """Each token's own logit."""
+        return self._hidden(channels, outputs)[..., 0]
+
+    def running(
+        self, channels: Float[Tensor, "token *head channel"], outputs: Float[Tensor, "*head output"]
+    ) -> Float[Tensor, "token ..."]:
+        """The response's logit after each token."""
+        hidden = self._hidden(channels, outputs)
+        match self.kind:
+            case "linear" | "mlp":
+                evidence = hidden[..., -1]
+                return _windows(evidence, self.window, 0.0).sum(-1) / _counts(evidence, self.window)
+            case "attention":
+                queries, values = hidden[..., 1:].chunk(2, dim=-1)
+                weights = _windows(queries, self.window, -torch.inf).softmax(-1)
+                return (weights * _windows(values, self.window, 0.0)).sum(-1).sum(-1)
+            case "multimax":
+                maxima: Tensor = _windows(hidden[..., 1:], self.window, -torch.inf).amax(-1)
+                return maxima.sum(-1)
+
+    def _hidden(
+        self, channels: Float[Tensor, "token *head channel"], outputs: Float[Tensor, "*head output"]
+    ) -> Float[Tensor, "token *head hidden"]:
+        if self.kind != "mlp":
+            return channels
+        units, rows = channels.relu(), outputs[..., :-2].chunk(2, dim=-1)
+        return torch.stack([(units * row).sum(-1) for row in rows], dim=-1) + outputs[..., -2:]
+
+    def response_channels(self) -> slice:
+        """Those whose values add up to the response's logit (not for `mlp`)."""
+        if self.shares:
+            return slice(0, 1)
+        return slice(1 + self.width, None) if self.kind == "attention" else slice(1, None)
+
+
+def _windows(values: Float[Tensor, "token ..."], size: int, fill: float) -> Float[Tensor, "token *rest window"]:
+    """The last `size` values up to each token, oldest first, filled up at the beginning."""
+    padded = nn.functional.pad(values.movedim(0, -1), (size - 1, 0), value=fill).movedim(-1, 0)
+    return padded.unfold(0, size, 1)
+
+
+def _counts(values: Float[Tensor, "token ..."], size: int) -> Tensor:
+    """How many tokens each window holds, shaped to divide `values`."""
+    counts = torch.arange(1, len(values) + 1, device=values.device).clamp(max=size)
+    return counts.reshape(-1, *[1] * (values.ndim - 1))

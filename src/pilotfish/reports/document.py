@@ -1,0 +1,53 @@
+"""A template with its style, scripts and data in, one HTML document out that asks nothing of the network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+
+from pilotfish.errors import SettingError
+
+
+def document(template: str, data: Mapping[str, object], *, styles: Sequence[str], scripts: Sequence[str]) -> str:
+    """Fills a template of this package; only its own style and scripts may run in it.
+
+    Args:
+        data: what the scripts read, `title` among it; text in it stays text.
+
+    Raises:
+        SettingError: the data is not JSON.
+    """
+    parts = {
+        "title": html.escape(str(data["title"])).encode("ascii", "xmlcharrefreplace").decode(),
+        "data": _json_for_html(data),
+    }
+    for name, assets in (("style", styles), ("theme", ("theme.js",)), ("script", scripts)):
+        parts[name] = "\n".join(map(_asset, assets))
+        parts[f"{name}_hash"] = _hash(parts[name])
+    # One pass over the template alone: a placeholder inside a model's text stays text.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset(template))
+
+
+def _asset(name: str) -> str:
+    return resources.files("pilotfish.reports").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(source: str) -> str:
+    """The name by which the page's Content-Security-Policy lets exactly this inline source through."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+def _json_for_html(value: object) -> str:
+    """JSON that stays inside its script element: pure ASCII, and no character that HTML reads as markup."""
+    try:
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise SettingError(
+            f"the page's data is not JSON ({error}); give text, finite numbers, lists and objects only"
+        ) from error
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
