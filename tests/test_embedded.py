@@ -50,7 +50,8 @@ def alone(pair: Pair, generation, max_new_tokens: int) -> list[int]:
 def offline(pair: Pair, bank: HeadBank, generation, reader: str = "draft") -> torch.Tensor:
     """Of tokens, then running."""
     model = pair.draft if reader == "draft" else pair.target
-    return torch.stack(score_tokens(model, bank, [token.id for token in generation.tokens]))
+    ids = [token.id for token in generation.tokens]
+    return torch.stack(score_tokens(model, bank, ids, boundary=generation.num_prompt_tokens))
 
 
 def online(generation, metrics) -> torch.Tensor:
@@ -156,7 +157,7 @@ def test_a_drafted_token_counts_as_look_ahead_until_it_is_accepted(pair, windowe
                 assert index == len(item.drafted) - 1, "only the last drafted token is unread"
                 continue
             text = ids[: item.start] + [token.id for token in item.drafted[: index + 1]]
-            expected = score_tokens(pair.draft, windowed, text)
+            expected = score_tokens(pair.draft, windowed, text, boundary=stream.generation.num_prompt_tokens)
             for kind, values in (("value", expected.tokens), ("running", expected.running)):
                 found = [getattr(drafted.scores[metric], kind) for metric in windowed.metrics]
                 assert found == pytest.approx(values[-1].tolist(), abs=1e-5)
@@ -414,10 +415,10 @@ class FlakyBank(HeadBank):
             raise RuntimeError("injected")
         return super().channels(features)
 
-    def score(self, channels, num_new):
+    def score(self, channels, num_new, **options):
         if self.where == "score" and self.num_calls in self.calls:
             raise RuntimeError("injected")
-        return super().score(channels, num_new)
+        return super().score(channels, num_new, **options)
 
 
 @pytest.mark.parametrize("where", ["channels", "score"])
@@ -431,7 +432,8 @@ def test_no_number_is_made_of_tokens_that_a_head_failed_on(pair, windowed, calls
     for column, head in enumerate(windowed.heads):
         for token in generation.tokens:
             score = token.scores[head.metric]
-            looked_at = range(max(0, token.position - head.form.window + 1), token.position + 1)
+            begin = generation.num_prompt_tokens if token.position >= generation.num_prompt_tokens else 0
+            looked_at = range(max(begin, token.position - head.form.window + 1), token.position + 1)
             if failed.isdisjoint(looked_at):
                 found = (score.value, score.running)
                 assert found == pytest.approx(expected[:, token.position, column].tolist(), abs=1e-5)

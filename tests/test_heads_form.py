@@ -153,6 +153,20 @@ def test_a_text_read_in_pieces_scores_what_it_scores_in_one_go(forms, seed, data
         torch.testing.assert_close(part.running, whole.running[end - size : end], atol=1e-6, rtol=0)
 
 
+@given(form=FORMS, seed=st.integers(0, 1000), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_an_answer_is_judged_without_a_look_back_at_the_prompt_however_it_is_read(form, seed, data):
+    draw = random(seed)
+    bank = HeadBank([seeded_head("m", SITES, SIZE, form, draw)], IDENTITY)
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+    boundary = data.draw(st.integers(0, sum(sizes)))
+    channels = bank.channels(3 * torch.randn(sum(sizes), SIZE, generator=draw))
+    sides = [bank.score(side, len(side)).running for side in (channels[:boundary], channels[boundary:]) if len(side)]
+    for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+        part = bank.score(channels[:end], size, boundary=boundary)
+        torch.testing.assert_close(part.running, torch.cat(sides)[end - size : end], atol=1e-6, rtol=0)
+
+
 @given(form=FORMS, seed=st.integers(0, 1000), scale=st.floats(0.01, 10), shift=st.floats(-5, 5))
 @settings(max_examples=40, deadline=None)
 def test_rescaling_changes_one_logit_and_leaves_the_other_unless_they_share_a_channel(form, seed, scale, shift):

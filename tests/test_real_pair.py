@@ -68,7 +68,8 @@ def test_committed_tokens_are_scored_in_passes_that_ran_anyway(generation):
 
 def distance(generation, bank, model) -> float:
     """How far a score lies from that of one offline pass at most, of tokens and running."""
-    offline = score_tokens(model, bank, [token.id for token in generation.tokens])
+    ids = [token.id for token in generation.tokens]
+    offline = score_tokens(model, bank, ids, boundary=generation.num_prompt_tokens)
     return max(
         abs(getattr(token.scores[metric], kind) - float(expected[token.position, column]))
         for kind, expected in (("value", offline.tokens), ("running", offline.running))

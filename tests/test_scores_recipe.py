@@ -93,7 +93,8 @@ def test_the_threshold_flags_no_more_benign_responses_online_than_the_card_says(
     flagged = 0
     for row in BENIGN:
         text = prepare([row], reader, METRIC, 512, keeps_unlabelled=True)[0]
-        running = score_tokens(reader.model, built, text.tokens.token_ids).running[:, 0]
+        found = score_tokens(reader.model, built, text.tokens.token_ids, boundary=text.boundary)
+        running = found.running[:, 0]
         flagged += float(running[text.is_response].max()) >= built.thresholds[METRIC] + 1e-6
     assert flagged <= built.card.thresholds[METRIC].num_flagged
 

@@ -114,7 +114,9 @@ def _scored(reader: LoadedModel, bank: HeadBank, rows: Sequence[Conversation], m
     """A response scores the highest that it has run to, as when the threshold was set; one NaN makes it unscored."""
     found = []
     for text in prepare(rows, reader, bank.metrics[0], max_tokens, keeps_unlabelled=True):
-        tokens, running = (part[:, 0] for part in score_tokens(reader.model, bank, text.tokens.token_ids))
+        tokens, running = (
+            part[:, 0] for part in score_tokens(reader.model, bank, text.tokens.token_ids, boundary=text.boundary)
+        )
         found.append(scored(text, float(running[text.is_response].max()), tokens, running))
     return found
 

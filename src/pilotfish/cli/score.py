@@ -35,7 +35,9 @@ def run(config: Score) -> int:
                 f"{conversation.id} has {len(text.token_ids):,} tokens; {reader.identity.name} reads at most "
                 f"{longest:,}. Cut the text"
             )
-        found = score_tokens(reader.model, bank, text.token_ids)
+        answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
+        boundary = text.messages.index(answers[-1]) if answers and answers[-1] in text.messages else 0
+        found = score_tokens(reader.model, bank, text.token_ids, boundary=boundary)
         rows = zip(found.tokens.tolist(), found.running.tolist(), strict=True)
         pieces = _pieces(text.text, text.offsets)
         for index, (piece, message, row) in enumerate(zip(pieces, text.messages, rows, strict=True)):

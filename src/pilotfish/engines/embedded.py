@@ -168,10 +168,11 @@ class GenerationStream(Iterator[Event]):
         self._tokenizer = pair.tokenizer
         self._eos_ids = pair.eos_ids
         self._bank_of = banks
-        self._target = CachedModel(pair.target, "target", banks.get("target"), vocab_size=pair.vocab_size)
+        options = {"vocab_size": pair.vocab_size, "boundary": len(ids)}
+        self._target = CachedModel(pair.target, "target", banks.get("target"), **options)
         self._draft = None
         if pair.draft is not None:
-            self._draft = CachedModel(pair.draft, "draft", banks.get("draft"), vocab_size=pair.vocab_size)
+            self._draft = CachedModel(pair.draft, "draft", banks.get("draft"), **options)
         self._length = DraftLength(engine.drafting, engine.weight_ratio)
         self._text = TextStream(pair.tokenizer, request.stop)
         self._ids = list(ids)

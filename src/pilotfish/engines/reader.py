@@ -27,13 +27,23 @@ class CachedModel:
     """A model with the KV cache of one sequence. With a bank, every read is scored in the same forward pass."""
 
     def __init__(
-        self, model: PreTrainedModel, reader: Reader, bank: HeadBank | None = None, *, vocab_size: int | None = None
+        self,
+        model: PreTrainedModel,
+        reader: Reader,
+        bank: HeadBank | None = None,
+        *,
+        vocab_size: int | None = None,
+        boundary: int = 0,
     ) -> None:
-        """`vocab_size` cuts the logits to it: two models of one vocabulary may pad theirs differently."""
+        """`vocab_size` cuts the logits to it: two models of one vocabulary may pad theirs differently.
+
+        `boundary` is the position where the answer begins, which is judged without a look back at the prompt.
+        """
         self._model = model
         self._vocab_size = vocab_size
         self._reader = reader
         self._bank = bank
+        self._boundary = boundary
         self._cache = DynamicCache()  # full layers even for sliding-window models, so that any rollback is exact
         self._device = next(model.parameters()).device
         self.length = 0
@@ -111,7 +121,7 @@ class CachedModel:
             if len(new) != num_tokens:
                 raise ValueError(f"{len(new)} rows of features for {num_tokens} tokens")
             self._channels = torch.cat([past, new]) if len(past) else new
-            found = bank.score(self._channels, num_tokens)
+            found = bank.score(self._channels, num_tokens, boundary=self._boundary)
             self._scores += [
                 Scores(bank.metrics, values, self._reader, running=running)
                 for values, running in zip(found.tokens.tolist(), found.running.tolist(), strict=True)

@@ -120,12 +120,20 @@ class HeadBank:
             self._groups = [_Group(form, *(item.to(features.device) for item in rest)) for form, *rest in self._groups]
         return torch.addmm(self._bias, features.float(), self._weight)
 
-    def score(self, channels: Float[Tensor, "past_and_new channel"], num_new: int) -> BankScores:
+    def score(self, channels: Float[Tensor, "past_and_new channel"], num_new: int, *, boundary: int = 0) -> BankScores:
         """Probabilities of the last `num_new` tokens.
 
         Args:
             channels: Theirs, after those of the tokens before; of these `window - 1` are looked at, or all there are.
+            boundary: Row of `channels` where the answer begins: it is judged without a look back at the prompt.
         """
+        num_past = len(channels) - num_new
+        if num_past < boundary < len(channels):
+            prompt = self.score(channels[:boundary], boundary - num_past)
+            answer = self.score(channels[boundary:], len(channels) - boundary)
+            return BankScores(*(torch.cat(parts) for parts in zip(prompt, answer, strict=True)))
+        if boundary <= num_past:
+            channels = channels[boundary:]
         channels = channels[-(num_new + self.window - 1) :]
         tokens = channels.new_empty(num_new, len(self.heads))
         running = channels.new_empty(num_new, len(self.heads))
@@ -135,9 +143,9 @@ class HeadBank:
             running[:, metrics] = form.running(group, outputs)[-num_new:]
         return BankScores(tokens.sigmoid_(), running.sigmoid_())
 
-    def score_text(self, features: Float[Tensor, "token feature"]) -> BankScores:
-        """Probabilities of all tokens of a text, given the features of all."""
-        return self.score(self.channels(features), len(features))
+    def score_text(self, features: Float[Tensor, "token feature"], *, boundary: int = 0) -> BankScores:
+        """Probabilities of all tokens of a text, given the features of all; its answer begins at `boundary`."""
+        return self.score(self.channels(features), len(features), boundary=boundary)
 
     def subset(self, metrics: Sequence[str]) -> HeadBank:
         """A bank with some of the heads.

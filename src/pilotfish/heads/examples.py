@@ -25,6 +25,8 @@ class Example(NamedTuple):
     """The tokens that belong to the response; all when None."""
     twin: str = ""
     """Responses of one twin name and opposite labels are held against each other: two answers to one prompt."""
+    boundary: int = 0
+    """Where the answer begins: what runs over a response does not look back over it."""
 
 
 @runtime_checkable
@@ -43,6 +45,7 @@ class Row(NamedTuple):
     features: Float[Tensor, "token feature"]
     labels: Float[Tensor, " token"]
     in_response: Bool[Tensor, " token"]
+    boundary: int
     label: float
     twin: str
 
@@ -116,10 +119,15 @@ def _row(features: Float[Tensor, "token feature"], example: Example, window: int
         in_response = torch.ones_like(example.labels, dtype=torch.bool)
     if math.isnan(example.label):  # tokens alone: nothing but the labelled ones is looked at
         chosen = example.labels.isfinite()
-        return Row(features[chosen], example.labels[chosen], in_response[chosen], example.label, example.twin)
+        return Row(features[chosen], example.labels[chosen], in_response[chosen], 0, example.label, example.twin)
     places = (in_response | example.labels.isfinite()).nonzero()[:, 0]
-    kept = slice(max(0, int(places[0]) - window + 1), int(places[-1]) + 1) if len(places) else slice(0, 0)
-    return Row(features[kept], example.labels[kept], in_response[kept], example.label, example.twin)
+    if not len(places):
+        return Row(features[:0], example.labels[:0], in_response[:0], 0, example.label, example.twin)
+    first = int(places[0])
+    start = first if first <= example.boundary else max(example.boundary, first - window + 1)
+    kept = slice(start, int(places[-1]) + 1)
+    boundary = max(0, example.boundary - start)
+    return Row(features[kept], example.labels[kept], in_response[kept], boundary, example.label, example.twin)
 
 
 def features_of(source: Source, row_id: str, example: Example) -> Float[Tensor, "token feature"]:

@@ -246,7 +246,7 @@ def _response_losses(
     for row, part in zip(batch.rows, batch.split(channels), strict=True):
         if math.isnan(row.label):
             continue
-        running = readout.form.running(part, readout.outputs)[row.in_response]
+        running = readout.form.running(part[row.boundary :], readout.outputs)[row.in_response[row.boundary :]]
         own = response_loss(running, row.label, temperature=config.temperature, top_k=config.top_k)
         if row.label < 0.5 and config.segment_variance:
             own = own + config.segment_variance * segment_variance(running)
@@ -279,8 +279,9 @@ def _qualities(
         tokens.append(readout.form.tokens(channels, readout.outputs)[known])
         token_labels.append(example.labels[known])
         if not math.isnan(example.label):
-            running = readout.form.running(channels, readout.outputs)
-            responses.append((running if example.in_response is None else running[example.in_response]).amax(0))
+            running = readout.form.running(channels[example.boundary :], readout.outputs)
+            chosen = slice(None) if example.in_response is None else example.in_response[example.boundary :]
+            responses.append(running[chosen].amax(0))
     labelled = [examples[row_id] for row_id in source.row_ids if not math.isnan(examples[row_id].label)]
     return (
         _each(quality, torch.cat(tokens), torch.cat(token_labels)),

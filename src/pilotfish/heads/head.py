@@ -54,7 +54,7 @@ class Head:
         return torch.addmm(self.bias.float(), features.float(), self.weight.float().T)
 
     def logits(self, features: Float[Tensor, "token feature"], which: Which = "token") -> Float[Tensor, " token"]:
-        """Of each token alone, or of the response up to it; `features` are those of the whole text."""
+        """Of each token alone, or of the response up to it, which begins with the first of `features`."""
         read = self.form.tokens if which == "token" else self.form.running
         return read(self.channels(features), self.outputs)
 

@@ -13,8 +13,11 @@ from pilotfish.taps import tapped
 
 
 @torch.inference_mode()
-def score_tokens(model: PreTrainedModel, bank: HeadBank, token_ids: Sequence[int]) -> BankScores:
+def score_tokens(model: PreTrainedModel, bank: HeadBank, token_ids: Sequence[int], *, boundary: int = 0) -> BankScores:
     """Probability of every metric at every token: the head's reading of the states up to that token.
+
+    Args:
+        boundary: Position where the answer begins; `running` does not look back over it.
 
     Raises:
         SettingError: there are no tokens.
@@ -24,5 +27,5 @@ def score_tokens(model: PreTrainedModel, bank: HeadBank, token_ids: Sequence[int
     batch = torch.tensor([list(token_ids)], device=model.device)
     with tapped(model, bank.sites) as taps:
         model(batch, use_cache=False, logits_to_keep=1)
-        found = bank.score_text(bank.features(taps))
+        found = bank.score_text(bank.features(taps), boundary=boundary)
         return BankScores(found.tokens.cpu(), found.running.cpu())

@@ -41,7 +41,13 @@ class Text(NamedTuple):
     def example(self) -> Example:
         """For the fit; twins are the responses to one prompt of one source document."""
         twin = f"{self.tokens.group}\n{self.prompt}"
-        return Example(self.labels, self.label, self.is_response, twin)
+        return Example(self.labels, self.label, self.is_response, twin, self.boundary)
+
+    @property
+    def boundary(self) -> int:
+        """Where the answer begins; 0 where there is none."""
+        is_answered = any(message.role == "assistant" for message in self.conversation.messages)
+        return int(self.is_response.nonzero()[0, 0]) if is_answered else 0
 
     @property
     def pieces(self) -> tuple[str, ...]:

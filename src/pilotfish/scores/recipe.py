@@ -216,13 +216,14 @@ def _validation(
     """Logits and labels of the tokens, or the responses, that have one."""
     logits, labels = [], []
     for text in texts:
-        found = head.logits(recorded.features(text.tokens.id), which)
+        features = recorded.features(text.tokens.id)
         if which == "token":
             known = text.labels.isfinite()
-            logits.append(found[known])
+            logits.append(head.logits(features)[known])
             labels.append(text.labels[known])
         elif not math.isnan(text.label):
-            logits.append(found[text.is_response].max()[None])
+            running = head.logits(features[text.boundary :], "response")
+            logits.append(running[text.is_response[text.boundary :]].max()[None])
             labels.append(torch.tensor([text.label]))
     return torch.cat(logits or [torch.zeros(0)]), torch.cat(labels or [torch.zeros(0)])
 
@@ -231,7 +232,8 @@ def _scored(bank: HeadBank, texts: Sequence[Text], recording: Recording) -> list
     """What the bank's only head says of recorded texts; a response scores the highest that it has run to."""
     found = []
     for text in texts:
-        tokens, running = (part[:, 0] for part in bank.score_text(recording.features(text.tokens.id)))
+        features = recording.features(text.tokens.id)
+        tokens, running = (part[:, 0] for part in bank.score_text(features, boundary=text.boundary))
         found.append(scored(text, float(running[text.is_response].max()), tokens, running))
     return found
 
