@@ -366,7 +366,7 @@ def edit_head(folder, change):
     ("change", "message"),
     [
         ({"window": 0}, "head 'narrow': window 0 is too small"),
-        ({"width": 0}, "head 'narrow': a attention head cannot have width 0"),
+        ({"width": 0}, "head 'narrow': a head of form attention cannot have width 0"),
         ({"width": 2}, r"shape \(3, 8\), \(3,\), \(0,\) for 1 sites and 5 channels"),
         ({"kind": "tree"}, "card"),
         ({"window": "3"}, "card"),

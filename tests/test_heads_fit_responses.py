@@ -67,27 +67,30 @@ def stretches(seed: int, name: str, num_rows: int = 60) -> Side:
     return features, examples
 
 
-def test_a_planted_direction_is_learned_from_labels_of_responses_alone():
-    result = fitted(stretches(1, "t"), stretches(2, "v"), CONFIG)
+@pytest.fixture(scope="module")
+def plain() -> FitResult:
+    return fitted(stretches(1, "t"), stretches(2, "v"), CONFIG)
+
+
+def test_a_planted_direction_is_learned_from_labels_of_responses_alone(plain):
     test = stretches(3, "test")
-    assert auroc(*highest(result, test)) > 0.9
+    assert auroc(*highest(plain, test)) > 0.9
     spread = torch.cat(list(test[0].values())).std(0)
-    direction = result.weight[0] * spread
+    direction = plain.weight[0] * spread
     assert direction[0] > 3 * direction[1:].abs().max()
-    best = result.chosen["both"]
-    assert best.quality == max(max(epoch.response) for epoch in result.history)
-    assert all(math.isnan(value) for epoch in result.history for value in epoch.token)
+    best = plain.chosen["both"]
+    assert best.quality == max(max(epoch.response) for epoch in plain.history)
+    assert all(math.isnan(value) for epoch in plain.history for value in epoch.token)
 
 
 @pytest.mark.parametrize(
     "options", [{"top_k": 3}, {"segment_variance": 0.01}, {"temperature": 0.3}, {"is_balanced": False}], ids=str
 )
-def test_every_way_to_weigh_a_response_learns_it_and_differs_from_the_plain_one(options):
-    sides = stretches(1, "t"), stretches(2, "v")
-    result = fitted(*sides, dataclasses.replace(CONFIG, **options))
+def test_every_way_to_weigh_a_response_learns_it_and_differs_from_the_plain_one(options, plain):
+    result = fitted(stretches(1, "t"), stretches(2, "v"), dataclasses.replace(CONFIG, **options))
     assert auroc(*highest(result, stretches(3, "test"))) > 0.85
     if "is_balanced" not in options:  # as many positive responses as negative ones: nothing to weigh
-        assert not torch.equal(result.weight, fitted(*sides, CONFIG).weight)
+        assert not torch.equal(result.weight, plain.weight)
 
 
 def test_shuffled_labels_of_responses_give_an_auroc_of_one_half_on_fresh_rows():
@@ -149,7 +152,7 @@ def test_a_pair_of_twins_told_apart_counts_for_half_of_a_responses_quality():
 
 
 def test_rows_without_a_twin_have_no_contrast():
-    sides = stretches(1, "t"), stretches(2, "v")
+    sides = stretches(1, "t", 20), stretches(2, "v", 20)
     without, with_contrast = (fitted(*sides, dataclasses.replace(CONFIG, contrast=c)) for c in (0.0, 5.0))
     assert torch.equal(without.weight, with_contrast.weight)
 
@@ -220,7 +223,7 @@ def test_one_channel_learns_from_both_kinds_of_labels():
 
 
 def test_spans_can_count_by_their_highest_token():
-    train, validation = marked(1, "t"), marked(2, "v")
+    train, validation = marked(1, "t", 30), marked(2, "v", 30)
     config = dataclasses.replace(CONFIG, form=Form(window=4))
     plain, spans = (fitted(train, validation, dataclasses.replace(config, span_max=share)) for share in (0.0, 0.5))
     assert spans.chosen["token"].quality > 0.9

@@ -207,8 +207,8 @@ def test_a_form_says_how_many_numbers_it_needs(form, channels, outputs, shares):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"width": 3}, "a linear head cannot have width 3; give 1 or more, for linear 1 or 2"),
-        ({"kind": "mlp", "width": 0}, "a mlp head cannot have width 0"),
+        ({"width": 3}, "a head of form linear cannot have width 3; give 1 or more, for linear 1 or 2"),
+        ({"kind": "mlp", "width": 0}, "a head of form mlp cannot have width 0"),
         ({"window": 0}, "window 0 is too small; give 1 or more tokens"),
     ],
     ids=str,

@@ -180,9 +180,9 @@ def test_a_baseline_is_read_where_it_flags_no_more_negative_texts_than_the_head(
     head = four_texts()
     words = [
         scored("hit", [NAN, 0, 1, 1, 1], [0.0, 0.0, 3.0, 0.0, 0.0]),
-        scored("miss", [NAN, 1, 1, 0, 0], [0, 0, 6, 0, 0]),
-        scored("alarm", [NAN, 0, 0, 0, 0], [0, 9, 0, 0, 0]),
-        scored("quiet", [NAN, 0, 0, 0, 0], [0, 5, 0, 0, 0]),
+        scored("miss", [NAN, 1, 1, 0, 0], [0.0, 0.0, 6.0, 0.0, 0.0]),
+        scored("alarm", [NAN, 0, 0, 0, 0], [0.0, 9.0, 0.0, 0.0, 0.0]),
+        scored("quiet", [NAN, 0, 0, 0, 0], [0.0, 5.0, 0.0, 0.0, 0.0]),
     ]
     *_, detection = curves_of({"head": head, "words": words}, 0.5)
     shares = {series.scorer: series.points[-1][1] for series in detection.series}

@@ -42,7 +42,9 @@ class Form:
         if self.kind not in get_args(Kind):
             raise SettingError(f"head form {self.kind!r} is unknown; use one of {', '.join(get_args(Kind))}")
         if self.width < 1 or (self.kind == "linear" and self.width > 2):
-            raise SettingError(f"a {self.kind} head cannot have width {self.width}; give 1 or more, for linear 1 or 2")
+            raise SettingError(
+                f"a head of form {self.kind} cannot have width {self.width}; give 1 or more, for linear 1 or 2"
+            )
         if self.window < 1:
             raise SettingError(f"window {self.window} is too small; give 1 or more tokens")
 

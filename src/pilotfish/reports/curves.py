@@ -63,7 +63,7 @@ def _reliability(pairs: Mapping[str, Pair]) -> Plot:
     usable = {
         name: pairs[name]
         for name in scorer_order(set(pairs))
-        if len(pairs[name][0]) and bool(((pairs[name][0] >= 0) & (pairs[name][0] <= 1)).all())
+        if _has_both(pairs[name][1]) and bool(((pairs[name][0] >= 0) & (pairs[name][0] <= 1)).all())
     }
     series = []
     for name, pair in usable.items():
@@ -76,7 +76,7 @@ def _reliability(pairs: Mapping[str, Pair]) -> Plot:
     )
     return Plot(
         title="Reliability of token scores",
-        note=note if series else "Nothing to draw: no scorer gives labelled tokens a probability.",
+        note=note if series else "Nothing to draw: no scorer gives tokens of both labels a probability.",
         x=Axis(label="mean score in the bin", low=0.0, high=1.0, ticks=SHARES),
         y=Axis(label="share of labelled tokens", low=0.0, high=1.0, ticks=SHARES),
         series=tuple(series),
@@ -84,6 +84,10 @@ def _reliability(pairs: Mapping[str, Pair]) -> Plot:
         reference=((0.0, 0.0), (1.0, 1.0)),
         reference_label="calibrated",
     )
+
+
+def _has_both(labels: Float[Tensor, " item"]) -> bool:
+    return bool((labels >= 0.5).any()) and bool((labels < 0.5).any())
 
 
 def _bins(scores: Float[Tensor, " item"], labels: Float[Tensor, " item"]) -> list[ReliabilityPoint]:
