@@ -14,6 +14,7 @@ import torch
 
 from pilotfish.core import Conversation
 from pilotfish.runs import generator
+from pilotfish.scores import teach_ordinary
 from pilotfish.texts import (
     apart_from,
     injection_class,
@@ -63,7 +64,8 @@ def insecure_code(data: Path, seed: int) -> Task:
     insecure = drawn(read_cyberseceval(data / "cyberseceval" / "instruct.json"), 400, seed, "cyberseceval")
     pool = apart_from(test, [*read_sven(data / "sven", "train"), *insecure])
     splits = {**split(pool, {"train": 0.85, "validation": 0.15}, seed=seed), "test": test}
-    return Task(metric="insecure_code", splits=splits, benign=benign(data, seed))
+    taught = teach_ordinary(splits, benign(data, seed), metric="insecure_code", budget=0.01, seed=seed)
+    return Task(metric="insecure_code", splits=taught.splits, benign=taught.benign)
 
 
 def toxicity(data: Path, seed: int) -> Task:

@@ -8,7 +8,7 @@ from pilotfish.core import Conversation
 from pilotfish.errors import TextError
 from pilotfish.heads import Card
 from pilotfish.models import load_model
-from pilotfish.scores import RecipeConfig, RivalConfig, build_bank, write_scored
+from pilotfish.scores import RecipeConfig, RivalConfig, build_bank, teach_ordinary, write_scored
 from pilotfish.scores.scored import SCORED_FILE
 from pilotfish.texts import read_jsonl, split
 
@@ -27,7 +27,13 @@ def run(config: Fit) -> int:
             f"{config.data} has no label of metric {config.metric!r}; it has {', '.join(known) or 'none at all'}"
         )
     if config.benign is not None:
-        splits, benign = split(conversations, FRACTIONS, seed=config.seed), read_jsonl(config.benign)
+        splits, benign = teach_ordinary(
+            split(conversations, FRACTIONS, seed=config.seed),
+            read_jsonl(config.benign),
+            metric=config.metric,
+            budget=config.budget,
+            seed=config.seed,
+        )
     else:
         splits = split(conversations, FRACTIONS_WITH_BENIGN, seed=config.seed)
         benign = [row for row in splits.pop("benign") if _is_negative(row, config.metric)]

@@ -41,15 +41,7 @@ from pilotfish.engines.records import (
     TokenEvent,
     VerdictEvent,
 )
-from pilotfish.engines.speculate import (
-    Acceptance,
-    Sampling,
-    accept_greedy,
-    accept_sampled,
-    distribution,
-    likeliest,
-    sample,
-)
+from pilotfish.engines.speculate import Acceptance, Sampling, accept, distribution, likeliest, sample
 from pilotfish.errors import BankMismatch, GenerationError, SettingError
 from pilotfish.heads import HeadBank, joined
 from pilotfish.models import Identity, Pair
@@ -181,6 +173,8 @@ class GenerationStream(Iterator[Event]):
         self._metrics = engine.metrics
         self._number = 0
         self._num_judged = 0
+        self._due: list[Token] = []
+        """Tokens that a model has read whose scores it has not been asked for."""
         self._was_paused = False
         self._finish: FinishReason | None = None
         tokens = [
@@ -217,7 +211,7 @@ class GenerationStream(Iterator[Event]):
         drafted, probs, scores = self._propose(logits) if not paused and logits is not None else ([], [], [])
         committed = len(self._ids)
         target_logits = self._read(self._target, drafted, num_logits=len(drafted) + 1)
-        acceptance = self._accept(drafted, probs, target_logits)
+        acceptance = accept(drafted, probs, target_logits, self._request.sampling, generator=self._accept_random)
         num_kept = self._commit(drafted, scores, acceptance)
         self._target.rollback(min(self._target.length, committed + num_kept))
         if self._draft is not None:
@@ -253,10 +247,22 @@ class GenerationStream(Iterator[Event]):
         first = model.length
         unread = self._ids[first:]
         logits = model.read([*unread, *drafted], num_logits)
-        for token, scores in zip(self.generation.tokens[first:], model.take_scores()[: len(unread)], strict=False):
-            if token.scores is None:
-                token.scores = scores
+        self._due += self.generation.tokens[first : first + len(unread)]
+        if model is not self._draft or self._request.policy.holds or num_logits == 0:
+            self._collect(model)
         return logits
+
+    def _collect(self, model: CachedModel) -> list[Scores]:
+        """Fills in the scores due from a model that no reader gave before; returns those of drafted tokens.
+
+        Where no token waits for its score, that is once a round, for all that the draft has read by then.
+        """
+        scores, due = model.take_scores(), self._due
+        for token, found in zip(due, scores, strict=False):
+            if token.scores is None:
+                token.scores = found
+        self._due = []
+        return scores[len(due) :]
 
     def _propose(self, logits: Float[Tensor, "1 vocab"]) -> tuple[list[int], list[Tensor], list[Scores]]:
         """Drafts tokens for as long as it pays. The last one is proposed, not read: it has no score yet."""
@@ -275,15 +281,7 @@ class GenerationStream(Iterator[Event]):
                 drafted.append(sample(probs[-1], generator=self._draft_random))
             if self._length.needs_confidence:
                 confidence *= float(torch.exp(logits[0].max() - logits[0].float().logsumexp(-1)))
-        return drafted, probs, self._draft.take_scores()
-
-    def _accept(self, drafted: list[int], probs: list[Tensor], logits: Float[Tensor, "token vocab"]) -> Acceptance:
-        sampling = self._request.sampling
-        if sampling.greedy:
-            return accept_greedy(drafted, logits)
-        target = distribution(logits, sampling)
-        draft = torch.stack(probs) if probs else target[:0]
-        return accept_sampled(drafted, draft, target, generator=self._accept_random)
+        return drafted, probs, self._collect(self._draft)
 
     # Bookkeeping.
 

@@ -94,6 +94,22 @@ def residual(target: Float[Tensor, " vocab"], draft: Float[Tensor, " vocab"]) ->
     return left / total if total > 0 else target
 
 
+def accept(
+    drafted: Sequence[int],
+    draft_probs: Sequence[Float[Tensor, " vocab"]],
+    target_logits: Float[Tensor, "token vocab"],
+    sampling: Sampling,
+    *,
+    generator: torch.Generator,
+) -> Acceptance:
+    """Greedy or sampled, as asked; `draft_probs` are not looked at when greedy."""
+    if sampling.greedy:
+        return accept_greedy(drafted, target_logits)
+    target = distribution(target_logits, sampling)
+    draft = torch.stack(list(draft_probs)) if draft_probs else target[:0]
+    return accept_sampled(drafted, draft, target, generator=generator)
+
+
 def accept_greedy(drafted: Sequence[int], target_logits: Float[Tensor, "token vocab"]) -> Acceptance:
     """Keeps the drafted tokens that are the target's own choice.
 

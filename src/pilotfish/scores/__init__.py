@@ -24,6 +24,7 @@ from pilotfish.scores.judge import judge_question, judge_responses
 from pilotfish.scores.lexical import lexical_control, wordless_positives, wordy_negatives
 from pilotfish.scores.metrics import Estimate, auroc, bootstrap_by_group, pairwise_accuracy, tpr_at_fpr
 from pilotfish.scores.offline import score_tokens
+from pilotfish.scores.ordinary import teach_ordinary
 from pilotfish.scores.recipe import Built, RecipeConfig, build_bank
 from pilotfish.scores.reliability import (
     ReliabilityPoint,
@@ -85,6 +86,7 @@ __all__ = [
     "response_words",
     "roc_points",
     "score_tokens",
+    "teach_ordinary",
     "threshold_at_budget",
     "token_words",
     "tpr_at_fpr",
