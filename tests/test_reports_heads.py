@@ -149,8 +149,28 @@ def test_promise_and_verdict_say_what_the_card_says(tmp_path: Path) -> None:
     (bare,) = read_sections(bank(tmp_path / "bare", plain))
     assert bare.promise.startswith("There is no threshold")
     assert bare.verdict == "Not shown to be better than words."
+    by_responses = {f"{M}/auroc_response_minus_words": Measured(value=-0.125, low=-0.2, high=0.0, n=9)}
+    (worse,) = read_sections(bank(tmp_path / "worse", replace(plain, metrics=by_responses)))
+    minus = "\N{MINUS SIGN}"
+    assert worse.verdict == (
+        f"Not shown to be better than words at telling responses apart (AUROC {minus}0.125 over TF-IDF, {minus}0.200 "
+        "to +0.000)."
+    )
+    prompts = {M: replace(card().thresholds[M], scope="prompt")}
+    (asked,) = read_sections(bank(tmp_path / "asked", replace(card(), thresholds=prompts)))
+    assert asked.promise.startswith("A prompt is flagged when its score reaches 0.500. Of 1,000 benign prompts")
     (silent,) = read_sections(bank(tmp_path / "silent", replace(plain, better_than_words={})))
     assert silent.verdict == "Not compared with words."
+
+
+def test_a_bank_of_two_metrics_has_two_sections_each_with_its_own_data(tmp_path: Path) -> None:
+    one, two = card(), card("toxicity")
+    rows = tuple(replace(row, source=metric, metric=metric) for metric in (M, "toxicity") for row in one.data)
+    both = replace(one, heads={**one.heads, **two.heads}, metrics={**one.metrics, **two.metrics}, data=rows)
+    first, second = read_sections(bank(tmp_path, both, {"head": four_texts()}))
+    assert (first.metric, second.metric) == (M, "toxicity")
+    assert [row[1] for section in (first, second) for row in section.data] == [M, "toxicity"]
+    assert first.plots and second.missing
 
 
 def test_a_bank_without_scored_texts_says_why_there_are_no_curves(tmp_path: Path) -> None:
@@ -237,6 +257,20 @@ def test_examples_are_sorted_into_hits_misses_and_false_alarms_with_their_marks(
     assert [token.is_labelled for token in hit.tokens] == [False, False, True, True, True]
     assert miss.crossing is None
     assert hits.note == "Flagged: 1 of 2 positive texts; shown are those with the highest scores."
+
+
+def test_a_threshold_is_held_against_the_text_so_far_where_a_head_keeps_a_running_score() -> None:
+    running = [torch.tensor([0.9, 0.1, 0.1, 0.6, 0.7]), torch.full((5,), 0.4), torch.full((5,), 0.1)]
+    texts = [
+        replace(text, running=so_far.double(), score=float(so_far[1:].max()))
+        for text, so_far in zip(four_texts()[:3], running, strict=True)
+    ]
+    hits, misses, alarms = examples_of(texts, 0.5)
+    assert [len(group.examples) for group in (hits, misses, alarms)] == [1, 1, 0], "its own 0.7 does not make an alarm"
+    assert hits.examples[0].crossing == 3
+    assert hits.examples[0].tokens[3].running == pytest.approx(0.6)
+    *_, detection = curves_of({"head": texts}, 0.5)
+    assert dict(detection.series[0].points)[1] == 0.5, "one token after onset"
 
 
 def test_groups_without_examples_say_why() -> None:

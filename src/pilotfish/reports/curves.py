@@ -142,21 +142,21 @@ def _lags(by_scorer: Scorers, threshold: float) -> dict[str, list[int | None]]:
 
 
 def _readable(texts: Sequence[ScoredText]) -> list[ScoredText]:
-    """Texts with a score at each labelled token."""
+    """Texts that can be judged at each labelled token."""
     return [
         text
         for text in texts
-        if text.token_scores is not None and not bool(text.token_scores[text.token_labels.isfinite()].isnan().any())
+        if text.judged is not None and not bool(text.judged[text.token_labels.isfinite()].isnan().any())
     ]
 
 
 def _negative_peaks(texts: Sequence[ScoredText]) -> list[float]:
-    """Highest score among the labelled tokens of each text without a positive one."""
+    """The highest that each text without a positive token is judged at a labelled one."""
     peaks = []
     for text in texts:
         is_known = text.token_labels.isfinite()
-        if text.token_scores is not None and bool(is_known.any()) and not bool((text.token_labels >= 0.5).any()):
-            peaks.append(float(text.token_scores[is_known].max()))
+        if text.judged is not None and bool(is_known.any()) and not bool((text.token_labels >= 0.5).any()):
+            peaks.append(float(text.judged[is_known].max()))
     return peaks
 
 

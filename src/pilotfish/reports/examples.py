@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pilotfish.reports.heads import Example, ExampleGroup, Token
@@ -71,17 +71,18 @@ def _is_positive(text: ScoredText) -> bool | None:
 
 
 def _example(text: ScoredText, threshold: float | None, *, at_label: bool) -> Example:
-    assert text.token_scores is not None
+    assert text.token_scores is not None and text.judged is not None
     over, labelled = _over(text, threshold), text.token_labels >= 0.5
     crossing = _first(over)
-    highest = int(text.token_scores.nan_to_num(nan=-1.0).argmax())
+    highest = int(text.judged.nan_to_num(nan=-math.inf).argmax())
     places = (_first(labelled), crossing) if at_label else (crossing, _first(labelled))
     centre = next((place for place in places if place is not None), highest)
     start, end = max(0, centre - NUM_BEFORE), min(len(text.pieces), centre + NUM_AFTER)
-    rows = zip(text.pieces, text.token_scores.tolist(), labelled.tolist(), over.tolist(), strict=True)
+    running = _values(text.running) if text.running is not None else [None] * len(text.pieces)
+    rows = zip(text.pieces, _values(text.token_scores), running, labelled.tolist(), over.tolist(), strict=True)
     tokens = [
-        Token(text=piece, score=None if math.isnan(score) else score, is_labelled=label, is_over=is_over)
-        for piece, score, label, is_over in rows
+        Token(text=piece, score=score, running=so_far, is_labelled=label, is_over=is_over)
+        for piece, score, so_far, label, is_over in rows
     ]
     return Example(
         id=text.id,
@@ -93,15 +94,19 @@ def _example(text: ScoredText, threshold: float | None, *, at_label: bool) -> Ex
     )
 
 
+def _values(scores: Float[Tensor, " token"]) -> list[float | None]:
+    return [None if math.isnan(score) else score for score in scores.tolist()]
+
+
 def _over(text: ScoredText, threshold: float | None) -> Bool[Tensor, " token"]:
     """Labelled tokens that reach the threshold; any token where only the response is labelled, and is flagged."""
-    assert text.token_scores is not None
+    assert text.judged is not None
     if threshold is None:
-        return torch.zeros(len(text.token_scores), dtype=torch.bool)
+        return torch.zeros(len(text.judged), dtype=torch.bool)
     is_known = text.token_labels.isfinite()
     if not bool(is_known.any()) and text.score >= threshold:
         is_known = torch.ones_like(is_known)
-    return is_known & (text.token_scores >= threshold)
+    return is_known & (text.judged >= threshold)
 
 
 def _first(chosen: Bool[Tensor, " token"]) -> int | None:

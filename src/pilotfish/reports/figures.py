@@ -84,8 +84,9 @@ def promise_of(card: Card, metric: str) -> str:
     found = card.thresholds.get(metric)
     if found is None:
         return "There is no threshold: the card promises nothing about false alarms."
+    what = "response" if found.scope == "answer" else "prompt"
     return (
-        f"A response is flagged when its score reaches {found.threshold:.3f}. Of 1,000 benign responses like those of "
+        f"A {what} is flagged when its score reaches {found.threshold:.3f}. Of 1,000 benign {what}s like those of "
         f"{found.benign_source or 'the sample'} at most {1000 * found.fpr_upper:.1f} are flagged (95 % bound, from "
         f"{found.num_flagged:,} flagged of {found.num_benign:,}; the budget was {1000 * found.budget:g})."
     )
@@ -96,9 +97,12 @@ def verdict_of(card: Card, metric: str) -> str:
     is_better = card.better_than_words.get(metric)
     if is_better is None:
         return "Not compared with words."
-    found = card.metrics.get(f"{metric}/auroc_token_minus_words")
-    by = "" if found is None else " (AUROC {} over TF-IDF, {})".format(*_signed(found, 3))
-    return f"Better than words at telling tokens apart{by}." if is_better else f"Not shown to be better than words{by}."
+    kinds = {"auroc_token": "tokens", "auroc_response": "responses"}  # the card judges by the first one that it has
+    verdict = "Better than words" if is_better else "Not shown to be better than words"
+    for figure, what in kinds.items():
+        if found := card.metrics.get(f"{metric}/{figure}_minus_words"):
+            return "{} at telling {} apart (AUROC {} over TF-IDF, {}).".format(verdict, what, *_signed(found, 3))
+    return f"{verdict}."
 
 
 def _of(table: object, metric: str) -> list[tuple[str, Measured]]:

@@ -75,9 +75,11 @@ class Token:
     text: str
     score: float | None
     """None where it was not scored."""
+    running: float | None
+    """Score of the text up to here, which the threshold is held against; None where that is the token's own."""
     is_labelled: bool
     is_over: bool
-    """Whether it reaches the threshold."""
+    """Whether the text up to here reaches the threshold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,7 @@ class Example:
     """Tokens cut off before the first one shown."""
     num_after: int
     crossing: int | None
-    """The first token shown that reaches the threshold, if it is the first of the text."""
+    """Where among the tokens shown the threshold is first reached; None where it is not, or on one that was cut."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,8 +35,9 @@ function dataTable({ data: rows }, labelledBy) {
   return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-labelledby": labelledBy }, table);
 }
 
-function tokenOf({ text, score, is_labelled: isLabelled, is_over: isOver }) {
-  const spoken = [score === null ? "not scored" : `score ${score.toFixed(3)}`, isLabelled && "labelled", isOver && "at or above the threshold"];
+function tokenOf({ text, score, running, is_labelled: isLabelled, is_over: isOver }) {
+  const spoken = [score === null ? "not scored" : `score ${score.toFixed(3)}`, running !== null && `text so far ${running.toFixed(3)}`,
+    isLabelled && "labelled", isOver && "at or above the threshold"];
   const node = make("span", { class: "token", title: spoken.filter(Boolean).join(", ") }, ...glyphs(text, true));
   node.classList.toggle("special", /^<\|.*\|>$/.test(text));
   node.classList.toggle("unscored", score === null);
@@ -52,7 +53,7 @@ function exampleOf({ id, score, tokens, num_before: before, num_after: after, cr
   cut(before, "before");
   if (before) text.append("\n");
   tokens.forEach((token, at) => {
-    if (at === crossing) text.append(make("i", { class: "crossing" }, `▸ ${decimals(token.score)}`));
+    if (at === crossing) text.append(make("i", { class: "crossing" }, `▸ ${decimals(token.running ?? token.score)}`));
     text.append(tokenOf(token));
   });
   if (after) text.append("\n");
@@ -64,7 +65,7 @@ function exampleKey() {
   const item = (name, words) => make("li", {}, make("span", { class: name }, "token"), words);
   const hot = item("token hot", "coloured by its score");
   return make("ul", { class: "example-key example", "aria-label": "Key" }, hot, item("token labelled", "labelled"),
-    item("token over", "at or above the threshold"), make("li", {}, make("i", { class: "crossing" }, "▸ 0.80"), " where it is first reached"),
+    item("token over", "text so far at or above the threshold"), make("li", {}, make("i", { class: "crossing" }, "▸ 0.80"), " where it is first reached"),
     item("token unscored", "not scored"));
 }
 
@@ -77,7 +78,7 @@ function sectionOf(section, index) {
     make("h2", { id: id("name") }, words(metric)), make("p", { class: "verdict" }, verdict), make("p", {}, promise), make("p", { class: "caption" }, reader));
   if (caveats) node.append(make("p", { class: "caveats" }, caveats));
   node.append(make("h3", { id: id("figures") }, "Figures"),
-    make("p", { class: "caption" }, "On held-out texts, with 95 % intervals; ★ is the best of a line. Under a baseline: by how much the head is above it."),
+    make("p", { class: "caption" }, `On held-out texts, with 95 % intervals.${compared.length ? " ★ is the best of a line. Under a baseline: by how much the head is above it." : ""}`),
     ...(compared.length ? [figureTable(section, compared, id("figures"))] : []), ...(own.length ? [ownFigures(own)] : []));
   if (!figures.length) node.append(make("p", { class: "missing" }, "The card holds no figures."));
   if (missing) node.append(make("p", { class: "missing" }, missing));

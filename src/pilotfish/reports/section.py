@@ -6,13 +6,18 @@ from pathlib import Path
 
 from pilotfish.errors import ArtefactError
 from pilotfish.heads import Card
+from pilotfish.heads.bank import CARD_FILE
 from pilotfish.reports.curves import curves_of
 from pilotfish.reports.examples import examples_of
 from pilotfish.reports.figures import figures_of, promise_of, scorer_label, verdict_of
 from pilotfish.reports.heads import Section
 from pilotfish.scores import Scored, read_scored
+from pilotfish.scores.scored import SCORED_FILE
 
-CARD, SCORED = "card.json", "scored.json"
+MISSING = (
+    f"There is no {SCORED_FILE} of this metric beside the card, so there are no curves and no examples. `pilotfish "
+    "fit` writes it; it holds the texts, and is not copied with a bank that is shared."
+)
 
 
 def read_sections(folder: Path) -> list[Section]:
@@ -21,8 +26,8 @@ def read_sections(folder: Path) -> list[Section]:
     Raises:
         ArtefactError: the card or `scored.json` is damaged, the card is missing, or the two are of different metrics.
     """
-    card = Card.load(folder / CARD)
-    path = folder / SCORED
+    card = Card.load(folder / CARD_FILE)
+    path = folder / SCORED_FILE
     scored = read_scored(path) if path.exists() else None
     if scored is not None and scored.metric not in card.heads:
         raise ArtefactError(
@@ -50,14 +55,12 @@ def _section(card: Card, metric: str, scored: Scored | None) -> Section:
         data=tuple(
             (row.role, row.source or "unnamed", row.license or "unnamed", f"{row.num_rows:,}", f"{row.num_tokens:,}")
             for row in card.data
+            if row.metric in {"", metric}
         ),
         scorers=scorers,
         scorer_labels=tuple(map(scorer_label, scorers)),
         figures=figures,
         plots=curves_of(by_scorer, threshold) if is_here else (),
         examples=examples_of(by_scorer.get("head", ()), threshold) if is_here else (),
-        missing=""
-        if is_here
-        else "There is no scored.json of this metric beside the card, so there are no curves and "
-        "no examples. `pilotfish fit` writes it; it holds the texts, and is not copied with a bank that is shared.",
+        missing="" if is_here else MISSING,
     )

@@ -45,7 +45,7 @@ def detect(text: ScoredText, threshold: float, *, held: int = 0) -> Detection:
     Raises:
         SettingError: the scorer gives no token scores, a labelled token's score is NaN, or `held` is negative.
     """
-    scores = text.token_scores if text.running is None else text.running
+    scores = text.judged
     if scores is None:
         raise SettingError(f"text {text.id!r} has no token scores; a detection needs a scorer of tokens")
     if held < 0:

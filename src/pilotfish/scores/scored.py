@@ -41,6 +41,11 @@ class ScoredText:
     pieces: tuple[str, ...] = ()
     """Each token's text; empty when it is not kept."""
 
+    @property
+    def judged(self) -> Float[Tensor, " token"] | None:
+        """What a threshold is held against at each token; None for a scorer of whole responses."""
+        return self.token_scores if self.running is None else self.running
+
 
 class Scored(NamedTuple):
     """What several scorers say of held-out texts."""
