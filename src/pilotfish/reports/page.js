@@ -198,7 +198,7 @@ function drawStrip() {
     make("line", { class: "limit", x1: 0, x2: tokens.length }),
     make("line", { class: "here", y1: 0, y2: 100, visibility: "hidden" }),
   );
-  $("strip-caption").textContent = `${words(state.metric)}, token by token: ${asked} of the prompt (shaded), `
+  $("strip-caption").textContent = `${words(state.metric)}, of the text up to each token: ${asked} of the prompt (shaded), `
     + `${tokens.length - asked} of the answer. The dashed line is the threshold.`;
 }
 
