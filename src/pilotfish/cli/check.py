@@ -15,7 +15,7 @@ from pilotfish.heads import HeadBank
 from pilotfish.models import Identity, LoadedModel, load_model
 from pilotfish.runs import generator, write_json
 from pilotfish.scores import Change, Drift, ScoredText, Tolerances, compare_configurations, read_scored, score_tokens
-from pilotfish.scores.prepared import prepare, scored
+from pilotfish.scores.prepared import prepare, scored_by_head
 from pilotfish.texts import read_jsonl
 
 NAMES = {
@@ -111,14 +111,10 @@ def _check_candidate(bank: HeadBank, identity: Identity, *, may_differ: bool) ->
 
 
 def _scored(reader: LoadedModel, bank: HeadBank, rows: Sequence[Conversation], max_tokens: int) -> list[ScoredText]:
-    """A response scores the highest that it has run to, as when the threshold was set; one NaN makes it unscored."""
-    found = []
-    for text in prepare(rows, reader, bank.metrics[0], max_tokens, keeps_unlabelled=True):
-        tokens, running = (
-            part[:, 0] for part in score_tokens(reader.model, bank, text.tokens.token_ids, boundary=text.boundary)
-        )
-        found.append(scored(text, float(running[text.is_response].max()), tokens, running))
-    return found
+    return [
+        scored_by_head(text, score_tokens(reader.model, bank, text.tokens.token_ids, boundary=text.boundary))
+        for text in prepare(rows, reader, bank.metrics[0], max_tokens, keeps_unlabelled=True)
+    ]
 
 
 def _bounds(change: Change) -> str:

@@ -39,8 +39,7 @@ def run(config: Score) -> int:
         boundary = text.messages.index(answers[-1]) if answers and answers[-1] in text.messages else 0
         found = score_tokens(reader.model, bank, text.token_ids, boundary=boundary)
         rows = zip(found.tokens.tolist(), found.running.tolist(), strict=True)
-        pieces = _pieces(text.text, text.offsets)
-        for index, (piece, message, row) in enumerate(zip(pieces, text.messages, rows, strict=True)):
+        for index, (piece, message, row) in enumerate(zip(text.pieces, text.messages, rows, strict=True)):
             scores = {
                 metric: TokenScore.scored(value, running=running)
                 for metric, value, running in zip(bank.metrics, *row, strict=True)
@@ -64,14 +63,6 @@ def run(config: Score) -> int:
         if config.format == "text":
             print()
     return 0
-
-
-def _pieces(text: str, offsets: list[tuple[int, int]]) -> Iterator[str]:
-    """Each token's own characters; a character that is split over several tokens goes with the first."""
-    shown = 0
-    for start, end in offsets:
-        yield text[max(start, shown) : max(end, shown)]
-        shown = max(shown, end)
 
 
 def _conversations(file: Path | None) -> Iterator[Conversation]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pilotfish.reports.figures import scorer_label, scorer_order
 from pilotfish.reports.heads import Axis, Plot, Point, Series
 from pilotfish.scores import ReliabilityPoint, ScoredText, detect, reliability_curve, roc_points
+from pilotfish.scores.metrics import has_both_labels
 
 LOWEST_FPR = 1e-3
 NUM_POINTS = 241
@@ -63,7 +64,7 @@ def _reliability(pairs: Mapping[str, Pair]) -> Plot:
     usable = {
         name: pairs[name]
         for name in scorer_order(set(pairs))
-        if _has_both(pairs[name][1]) and bool(((pairs[name][0] >= 0) & (pairs[name][0] <= 1)).all())
+        if has_both_labels(pairs[name][1]) and bool(((pairs[name][0] >= 0) & (pairs[name][0] <= 1)).all())
     }
     series = []
     for name, pair in usable.items():
@@ -84,10 +85,6 @@ def _reliability(pairs: Mapping[str, Pair]) -> Plot:
         reference=((0.0, 0.0), (1.0, 1.0)),
         reference_label="calibrated",
     )
-
-
-def _has_both(labels: Float[Tensor, " item"]) -> bool:
-    return bool((labels >= 0.5).any()) and bool((labels < 0.5).any())
 
 
 def _bins(scores: Float[Tensor, " item"], labels: Float[Tensor, " item"]) -> list[ReliabilityPoint]:

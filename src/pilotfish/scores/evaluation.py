@@ -21,6 +21,7 @@ from pilotfish.scores.metrics import (
     auroc,
     auroc_of_draws,
     bootstrap_by_group,
+    has_both_labels,
     mean_of,
     pairwise_accuracy,
     tpr_at_fpr,
@@ -74,14 +75,9 @@ class _Figures:
     def _of_probabilities(self, make: Callable[[Tensor, Tensor], Statistic]) -> _Figure:
         if any(bool(((scores < 0) | (scores > 1)).any()) for _, (scores, _) in self._tokens):
             return _Figure(mean_of([]), [])  # a scorer that ranks, as TF-IDF does
-        if not self._has_both_token_labels:
+        if not has_both_labels(_joined([labels for _, (_, labels) in self._tokens])):
             return _Figure(mean_of([]), [])  # no probability is right or wrong where nothing is known to be positive
         return self._of_tokens(make)
-
-    @property
-    def _has_both_token_labels(self) -> bool:
-        labels = _joined([labels for _, (_, labels) in self._tokens])
-        return bool((labels >= 0.5).any()) and bool((labels < 0.5).any())
 
     def _of_responses(self, make: Callable[[Tensor, Tensor], Statistic]) -> _Figure:
         scores, labels = (

@@ -28,6 +28,11 @@ class Estimate(NamedTuple):
     """Independent groups."""
 
 
+def has_both_labels(labels: Float[Tensor, " item"]) -> bool:
+    """Whether there are positive and negative ones; NaN is unlabelled."""
+    return bool((labels >= 0.5).any()) and bool((labels < 0.5).any())
+
+
 def auroc(scores: Scores, labels: Scores) -> float:
     """Probability that a positive outscores a negative, ties counting half; NaN when either is absent.
 

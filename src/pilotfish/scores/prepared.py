@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pilotfish.core import Conversation
-from pilotfish.heads import Example
+from pilotfish.heads import BankScores, Example
 from pilotfish.models import LoadedModel
 from pilotfish.scores.scored import ScoredText
 from pilotfish.texts import TokenizedText, tokenize
@@ -48,13 +47,6 @@ class Text(NamedTuple):
         """Where the answer begins; 0 where there is none."""
         is_answered = any(message.role == "assistant" for message in self.conversation.messages)
         return int(self.is_response.nonzero()[0, 0]) if is_answered else 0
-
-    @property
-    def pieces(self) -> tuple[str, ...]:
-        """Each token's own characters; a character that is split over several tokens goes with the first."""
-        ends = itertools.accumulate((end for _, end in self.tokens.offsets), max, initial=0)
-        pairs = zip(self.tokens.offsets, ends, strict=False)
-        return tuple(self.tokens.text[max(start, shown) : max(end, shown)] for (start, end), shown in pairs)
 
     @property
     def prompt(self) -> str:
@@ -108,13 +100,16 @@ def scored(text: Text, score: float, token_scores: Tensor | None = None, running
         token_labels=text.labels,
         token_scores=token_scores,
         running=running,
-        pieces=text.pieces,
+        pieces=text.tokens.pieces,
     )
 
 
-def has_both_labels(labels: Float[Tensor, " item"]) -> bool:
-    """Whether there are positive and negative ones; NaN is unlabelled."""
-    return bool((labels >= 0.5).any()) and bool((labels < 0.5).any())
+def scored_by_head(text: Text, found: BankScores) -> ScoredText:
+    """What the first head of a bank says of a text; a response scores the highest that it has run to, as when it is
+    judged online. One NaN makes it unscored.
+    """
+    tokens, running = (part[:, 0] for part in found)
+    return scored(text, float(running[text.is_response].max()), tokens, running)
 
 
 def response_labels(texts: Sequence[Text]) -> Float[Tensor, " text"]:

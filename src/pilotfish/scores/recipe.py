@@ -38,8 +38,8 @@ from pilotfish.scores.baselines import require_sklearn
 from pilotfish.scores.calibration import Threshold, num_benign_needed, platt, threshold_at_budget
 from pilotfish.scores.evaluation import compare, evaluate
 from pilotfish.scores.lexical import lexical_control
-from pilotfish.scores.metrics import Estimate, auroc
-from pilotfish.scores.prepared import Text, has_both_labels, prepare, response_labels, scored
+from pilotfish.scores.metrics import Estimate, auroc, has_both_labels
+from pilotfish.scores.prepared import Text, prepare, response_labels, scored_by_head
 from pilotfish.scores.rivals import RivalConfig, rivals
 from pilotfish.scores.scored import ScoredText
 from pilotfish.taps import Recording, TokenRow, record
@@ -229,13 +229,11 @@ def _validation(
 
 
 def _scored(bank: HeadBank, texts: Sequence[Text], recording: Recording) -> list[ScoredText]:
-    """What the bank's only head says of recorded texts; a response scores the highest that it has run to."""
-    found = []
-    for text in texts:
-        features = recording.features(text.tokens.id)
-        tokens, running = (part[:, 0] for part in bank.score_text(features, boundary=text.boundary))
-        found.append(scored(text, float(running[text.is_response].max()), tokens, running))
-    return found
+    """What the bank's only head says of recorded texts."""
+    return [
+        scored_by_head(text, bank.score_text(recording.features(text.tokens.id), boundary=text.boundary))
+        for text in texts
+    ]
 
 
 class _Figures(NamedTuple):

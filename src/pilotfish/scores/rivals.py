@@ -14,7 +14,8 @@ from pilotfish.runs import generator
 from pilotfish.scores.baselines import response_length, response_words, token_words
 from pilotfish.scores.classifier import ClassifierConfig, LabelledTexts, fine_tuned_scores
 from pilotfish.scores.judge import QUESTIONS, judge_responses
-from pilotfish.scores.prepared import Text, has_both_labels, response_labels, scored
+from pilotfish.scores.metrics import has_both_labels
+from pilotfish.scores.prepared import Text, response_labels, scored
 from pilotfish.scores.scored import ScoredText
 
 logger = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,13 @@ class TokenizedText:
     """Tokens dropped at the end by `max_tokens`."""
     num_spans_lost: int
     """Spans with no token left, because of `max_tokens` or because the template dropped their characters."""
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """Each token's own characters; a character that is split over several tokens goes with the first."""
+        ends = itertools.accumulate((end for _, end in self.offsets), max, initial=0)
+        pairs = zip(self.offsets, ends, strict=False)
+        return tuple(self.text[max(start, shown) : max(end, shown)] for (start, end), shown in pairs)
 
 
 def render(
