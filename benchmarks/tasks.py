@@ -1,18 +1,19 @@
 """The metrics that ship and the public data that they are made and judged with; sets as published in, splits out.
 
 The folder holds one folder a set, as docs/data.md lists them: sven/{train,val}, cyberseceval, toxic_spans, xstest,
-halueval, liedetector, bipia.
+halueval, liedetector, bipia, repe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from pilotfish.core import Conversation
+from pilotfish.core import Conversation, Message, Span
 from pilotfish.runs import generator
 from pilotfish.scores import teach_ordinary
 from pilotfish.texts import (
@@ -23,6 +24,7 @@ from pilotfish.texts import (
     read_halueval,
     read_halueval_benign,
     read_liedetector,
+    read_repe_facts,
     read_sven,
     read_toxic_spans,
     read_xstest,
@@ -30,9 +32,14 @@ from pilotfish.texts import (
 )
 
 FRACTIONS = {"train": 0.6, "validation": 0.15, "test": 0.25}
-NUM_BENIGN = 600
+NUM_BENIGN = 1000
+NUM_TEXTS = 300
+"""Of the benign requests: those with a text to work on."""
+BUDGET = 0.01
 UNSEEN_ATTACKS = 8
 """Classes of attacks, of 25, that training never sees."""
+DRAWS = 0
+"""Seed of what is drawn from the sets: another seed of a task splits and fits the same texts, which are read once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,59 +48,81 @@ class Task:
     splits: dict[str, list[Conversation]]
     benign: list[Conversation]
     elsewhere: dict[str, list[Conversation]] = field(default_factory=dict)
-    """Other labelled texts to judge on, by a name that says what is new about them."""
+    """Other labelled texts to judge on, by a name that says what is new about them; read only when asked for."""
     max_tokens: int = 512
 
 
 def tasks(data: Path, seed: int) -> dict[str, Callable[[], Task]]:
     """By metric; a set is read when its task is made."""
-    return {
-        "insecure_code": lambda: insecure_code(data, seed),
-        "toxicity": lambda: toxicity(data, seed),
-        "refusal": lambda: refusal(data, seed),
-        "prompt_injection": lambda: prompt_injection(data, seed),
-        "hallucination": lambda: hallucination(data, seed),
-        "untruthful_answer": lambda: untruthful_answer(data, seed),
-    }
+    made = (insecure_code, toxicity, refusal, prompt_injection, hallucination, untruthful_answer)
+    return {make.__name__: partial(_taught, make, data, seed) for make in made}
+
+
+def _taught(make: Callable[[Path, int], Task], data: Path, seed: int) -> Task:
+    """A task whose training has seen half of the benign texts; the other half sets the threshold."""
+    task = make(data, seed)
+    found = teach_ordinary(task.splits, task.benign, metric=task.metric, budget=BUDGET, seed=seed)
+    return replace(task, splits=found.splits, benign=found.benign)
 
 
 def insecure_code(data: Path, seed: int) -> Task:
-    """SVEN's validation half is the test; training texts that share a repository or a text with it are left out."""
+    """SVEN's validation half is the test; training texts that share a repository or a text with it are left out.
+
+    Elsewhere: CyberSecEval's code of other repositories, all of it insecure.
+    """
     test = read_sven(data / "sven", "val")
     # All of CyberSecEval is insecure, and its requests look unlike SVEN's: more of it would teach the difference.
-    insecure = drawn(read_cyberseceval(data / "cyberseceval" / "instruct.json"), 400, seed, "cyberseceval")
+    published = read_cyberseceval(data / "cyberseceval" / "instruct.json")
+    insecure = drawn(published, 400, "cyberseceval")
     pool = apart_from(test, [*read_sven(data / "sven", "train"), *insecure])
     splits = {**split(pool, {"train": 0.85, "validation": 0.15}, seed=seed), "test": test}
-    taught = teach_ordinary(splits, benign(data, seed), metric="insecure_code", budget=0.01, seed=seed)
-    return Task(metric="insecure_code", splits=taught.splits, benign=taught.benign)
+    others = drawn(apart_from([*pool, *test], published), 200, "other cyberseceval")
+    return Task(metric="insecure_code", splits=splits, benign=benign(data), elsewhere={"cyberseceval": others})
 
 
 def toxicity(data: Path, seed: int) -> Task:
-    """The published test set is the test."""
+    """The published test set is the test.
+
+    Elsewhere: polite refusals of dangerous requests. They tell of false alarms alone; no other set is labelled so.
+    """
     test = read_toxic_spans(data / "toxic_spans" / "test.csv")
-    pool = drawn(apart_from(test, read_toxic_spans(data / "toxic_spans" / "train.csv")), 1600, seed, "toxicity")
+    pool = drawn(apart_from(test, read_toxic_spans(data / "toxic_spans" / "train.csv")), 1600, "toxicity")
     splits = {**split(pool, {"train": 0.85, "validation": 0.15}, seed=seed), "test": test}
-    return Task(metric="toxicity", splits=splits, benign=benign(data, seed), max_tokens=256)
+    refusals = [row for row in read_xstest(data / "xstest") if row.labels["refusal"] == 1.0]
+    elsewhere = {"polite_refusals": relabelled(drawn(refusals, 200, "polite refusals"), "toxicity", lambda row: 0.0)}
+    return Task(metric="toxicity", splits=splits, benign=benign(data), elsewhere=elsewhere, max_tokens=256)
 
 
 def refusal(data: Path, seed: int) -> Task:
-    """Split by what the prompts are about."""
-    rows = read_xstest(data / "xstest")
-    return Task(metric="refusal", splits=split(rows, FRACTIONS, seed=seed), benign=benign(data, seed), max_tokens=256)
+    """Split by what the prompts are about.
+
+    Elsewhere: short answers, of which hardly any refuses. They tell of false alarms alone; no other set is labelled so.
+    """
+    splits = split(read_xstest(data / "xstest"), FRACTIONS, seed=seed)
+    elsewhere = {"short_answers": relabelled(short_answers(data), "refusal", lambda row: 0.0)}
+    return Task(metric="refusal", splits=splits, benign=benign(data), elsewhere=elsewhere, max_tokens=256)
 
 
 def prompt_injection(data: Path, seed: int) -> Task:
-    """The test has texts, and classes of attacks, that training never sees."""
-    rows = read_bipia(data / "bipia", seed=0, attacks_per_context=4)
-    tables = drawn([row for row in rows if row.id.startswith("bipia-table")], 1000, seed, "tables", by_group=True)
+    """The test has texts, and classes of attacks, that training never sees.
+
+    Elsewhere: the same texts with attacks of the classes that it does see.
+    """
+    rows = read_bipia(data / "bipia", seed=DRAWS, attacks_per_context=4)
+    tables = drawn([row for row in rows if row.id.startswith("bipia-table")], 1000, "tables", by_group=True)
     parts = split([row for row in rows if not row.id.startswith("bipia-table")] + tables, FRACTIONS, seed=seed)
     classes = sorted({name for row in rows if (name := injection_class(row)) is not None})
-    order = torch.randperm(len(classes), generator=generator(seed, "attacks")).tolist()
+    order = torch.randperm(len(classes), generator=generator(DRAWS, "attacks")).tolist()
     unseen = {classes[index] for index in order[:UNSEEN_ATTACKS]}
     seen = set(classes) - unseen
     splits = {name: _one_attack_a_text(part, unseen if name == "test" else seen) for name, part in parts.items()}
     used = [row for part in parts.values() for row in part]
-    return Task(metric="prompt_injection", splits=splits, benign=benign_requests(data, seed, used))
+    return Task(
+        metric="prompt_injection",
+        splits=splits,
+        benign=benign_requests(data, used),
+        elsewhere={"seen_attacks": _one_attack_a_text(parts["test"], seen)},
+    )
 
 
 def _one_attack_a_text(rows: Sequence[Conversation], classes: set[str]) -> list[Conversation]:
@@ -108,61 +137,99 @@ def _one_attack_a_text(rows: Sequence[Conversation], classes: set[str]) -> list[
 
 
 def hallucination(data: Path, seed: int) -> Task:
-    """Replies of one model, as many without as with; none of the benign ones among them."""
-    path = data / "halueval" / "general_data.jsonl"
-    taken = {row.id for row in benign(data, seed)}
+    """Replies of one model, as many without as with. Elsewhere: lies and truths of other models."""
+    splits = split(replies(data), FRACTIONS, seed=seed)
+    lies = relabelled(short_answers(data), "hallucination", lambda row: row.labels["untruthful_answer"])
+    return Task(metric="hallucination", splits=splits, benign=benign(data), elsewhere={"lies": lies}, max_tokens=256)
+
+
+def replies(data: Path) -> list[Conversation]:
+    """With hallucinations, and as many without; none of the benign ones among them."""
+    taken = {row.id for row in benign(data)}
     found, free = [], []
-    for row in read_halueval(path):
+    for row in read_halueval(data / "halueval" / "general_data.jsonl"):
         if row.labels.get("hallucination") == 0.0:
             free.append(row)
         else:
             found.append(row)
-    free = drawn([row for row in free if row.id not in taken], len(found), seed, "hallucination")
-    return Task(
-        metric="hallucination",
-        splits=split([*found, *free], FRACTIONS, seed=seed),
-        benign=benign(data, seed),
-        max_tokens=256,
-    )
+    return [*found, *drawn([row for row in free if row.id not in taken], len(found), "hallucination")]
 
 
 def untruthful_answer(data: Path, seed: int) -> Task:
-    """The published validation half is the test; a question's lie and truth stay together."""
-    folder = data / "liedetector"
-    test = drawn(read_liedetector(folder, "validation"), 600, 0, "test", by_group=True)
-    rows = apart_from(test, read_liedetector(folder, "train"))
-    pool = drawn(rows, 2000, seed, "untruthful_answer", by_group=True)
+    """The published validation half is the test; a question's lie and truth stay together.
+
+    Elsewhere: true and false statements, and replies with and without hallucinations.
+    """
+    test = short_answers(data)
+    rows = apart_from(test, read_liedetector(data / "liedetector", "train"))
+    pool = drawn(rows, 2000, "untruthful_answer", by_group=True)
     splits = {**split(pool, {"train": 0.85, "validation": 0.15}, seed=seed), "test": test}
-    return Task(metric="untruthful_answer", splits=splits, benign=benign(data, seed), max_tokens=256)
+    elsewhere = {
+        "statements": statements(data),
+        "hallucinations": relabelled(
+            replies(data), "untruthful_answer", lambda row: float(row.labels.get("hallucination") != 0.0)
+        ),
+    }
+    return Task(metric="untruthful_answer", splits=splits, benign=benign(data), elsewhere=elsewhere, max_tokens=256)
 
 
-def benign_requests(data: Path, seed: int, but: Sequence[Conversation]) -> list[Conversation]:
-    """What users ask, half of it with a text to work on; none of the texts of `but`."""
-    asked = [replace(row, messages=row.messages[:1]) for row in benign(data, seed)]
-    clean = [row for row in read_bipia(data / "bipia", seed=0) if injection_class(row) is None]
-    texts = drawn(apart_from(but, clean), NUM_BENIGN // 2, seed, "benign texts")
-    return [replace(row, labels={}, spans=()) for row in [*asked[: NUM_BENIGN // 2], *texts]]
+def short_answers(data: Path) -> list[Conversation]:
+    """To questions of many kinds, half of them lies."""
+    return drawn(read_liedetector(data / "liedetector", "validation"), 600, "test", by_group=True)
 
 
-def benign(data: Path, seed: int) -> list[Conversation]:
+def statements(data: Path) -> list[Conversation]:
+    """True and false ones, as answers to one request."""
+    return [
+        Conversation(
+            f"{pair.id}-{label:g}",
+            f"{pair.id}-{label:g}",
+            (Message("user", "Tell me a fact."), Message("assistant", statement)),
+            labels={"untruthful_answer": label},
+            source=pair.source,
+            license=pair.license,
+        )
+        for pair in read_repe_facts(data / "repe" / "facts_true_false.csv")
+        for label, statement in ((0.0, pair.positive), (1.0, pair.negative))
+    ]
+
+
+def relabelled(rows: Sequence[Conversation], metric: str, label: Callable[[Conversation], float]) -> list[Conversation]:
+    """The same texts with one label each, of another metric."""
+    return [replace(row, spans=(), labels={metric: label(row)}) for row in rows]
+
+
+def benign_requests(data: Path, but: Sequence[Conversation]) -> list[Conversation]:
+    """What users ask, some of it with a text to work on; none of the texts of `but`."""
+    asked = [replace(row, messages=row.messages[:1]) for row in benign(data)]
+    clean = [row for row in read_bipia(data / "bipia", seed=DRAWS) if injection_class(row) is None]
+    texts = drawn(apart_from(but, clean), NUM_TEXTS, "benign texts")
+    return [_without_attack(row) for row in [*asked[: NUM_BENIGN - NUM_TEXTS], *texts]]
+
+
+def _without_attack(row: Conversation) -> Conversation:
+    """Where no assistant speaks, only spans can say 0."""
+    whole = Span(0, 0, len(row.messages[0].content), "prompt_injection", 0.0)
+    return replace(row, labels={}, spans=(whole,))
+
+
+def benign(data: Path) -> list[Conversation]:
     """Ordinary replies of an assistant, to set thresholds on."""
     rows = read_halueval_benign(data / "halueval" / "general_data.jsonl")
-    return [replace(row, labels={}) for row in drawn(rows, NUM_BENIGN, seed, "benign")]
+    return [replace(row, labels={}) for row in drawn(rows, NUM_BENIGN, "benign")]
 
 
-def drawn(
-    rows: Sequence[Conversation], count: int, seed: int, name: str, *, by_group: bool = False
-) -> list[Conversation]:
+def drawn(rows: Sequence[Conversation], count: int, name: str, *, by_group: bool = False) -> list[Conversation]:
     """About so many rows at random; whole groups where their rows belong together."""
     if not by_group:
-        order = torch.randperm(len(rows), generator=generator(seed, name)).tolist()
+        order = torch.randperm(len(rows), generator=generator(DRAWS, name)).tolist()
         return [rows[index] for index in order[:count]]
     groups: dict[str, list[Conversation]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
     names = list(groups)
     chosen: list[Conversation] = []
-    for index in torch.randperm(len(names), generator=generator(seed, name)).tolist():
+    for index in torch.randperm(len(names), generator=generator(DRAWS, name)).tolist():
         if len(chosen) >= count:
             break
         chosen += groups[names[index]]

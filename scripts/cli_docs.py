@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-VERBS = ROOT / "src/pilotfish/cli/verbs.py"
+VERBS = tuple(
+    ROOT / "src/pilotfish/cli" / name for name in ("verbs.py", "policy_verbs.py", "steer_verbs.py", "server_verbs.py")
+)
 PAGE = ROOT / "docs/cli.md"
 INTRO = """# Commands
 
 `pilotfish VERB --help` prints the same. Exit codes: 0 done, 1 an error that the message explains, 2 a wrong flag,
-130 interrupted. `pilotfish bench tax` and `pilotfish bench-tax` are one.
+130 interrupted. `pilotfish bench tax` and `pilotfish bench-tax` are one; so are `policy check`, `policy dry-run`,
+`steer calibrate` and `steer verify` with a hyphen.
 """
 
 
 def page() -> str:
-    classes = {node.name: node for node in ast.parse(VERBS.read_text()).body if isinstance(node, ast.ClassDef)}
+    bodies = [ast.parse(path.read_text()).body for path in VERBS]
+    classes = {node.name: node for body in bodies for node in body if isinstance(node, ast.ClassDef)}
     parts = [INTRO]
     for name, node in classes.items():
         if not any(isinstance(item, ast.FunctionDef) and item.name == "run" for item in node.body):
             continue
-        verb = "bench-tax" if name == "BenchTax" else name.lower()
+        verb = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()
         parts.append(f"## pilotfish {verb}\n\n{ast.get_docstring(node)}\n\n| flag | default | what |\n|---|---|---|")
         bases = [classes[base.id] for base in node.bases if isinstance(base, ast.Name)]
         parts += [row for each in (node, *bases) for row in _rows(each)]

@@ -21,4 +21,4 @@ if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
         "$VENV/bin/pip" install --quiet "torch==$TORCH"
     fi
 fi
-"$VENV/bin/pip" install --quiet --editable ".[evaluate]" --group dev
+"$VENV/bin/pip" install --quiet --editable ".[evaluate,train,serve,postgresql,otel]" --group dev

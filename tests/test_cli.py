@@ -137,6 +137,17 @@ def test_fit_takes_labels_to_a_bank_that_score_can_use(folders, tmp_path, capsys
     assert main(["score", str(text), *scored]) == 0
 
 
+def test_fit_holds_the_head_against_the_same_head_on_the_target(folders, tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", labelled_rows(120))
+    arguments = ["--model", str(folders["draft"]), "--dtype", "float32", "--sites", "2", "--budget", "0.4"]
+    paths = ["--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "bank"), "--work", str(tmp_path / "work")]
+    fitted = ["fit", "--metric", "danger", *arguments, *paths, "--rivals", "target"]
+    assert main([*fitted, "--target", str(folders["target"])]) == 0
+    assert "danger/auroc_token_minus_target" in capsys.readouterr().out
+    assert main(fitted) == 1
+    assert "the rival `target` needs the name of a bigger model" in capsys.readouterr().err
+
+
 def test_fit_says_how_many_benign_responses_a_budget_needs(folders, tmp_path, capsys):
     write_jsonl(tmp_path / "rows.jsonl", labelled_rows(60))
     paths = ["--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "b"), "--work", str(tmp_path / "w")]

@@ -111,14 +111,14 @@ def test_a_probability_by_hand():
     identity = replace(IDENTITY, hidden_size=2)
     one = linear_head("one", (SITES[0],), torch.tensor([1.0, -1.0]), 0.5)
     weight = torch.tensor([[2.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
-    two = Head("two", (SITES[1], SITES[0]), weight, torch.zeros(2), Form(window=2))
+    two = Head("two", (SITES[1], SITES[0]), weight, torch.zeros(2), Form(window=2), torch.tensor([-3.0]))
     bank = HeadBank([one, two], identity)
     taps = {SITES[0]: torch.tensor([[[1.0, 2.0], [2.0, 0.0]]]), SITES[1]: torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])}
     channels = bank.channels(bank.features(taps))
     assert channels.tolist() == [[1 - 2 + 0.5, 2 * 3 + 2, 4.0], [2.5, 0.0, 1.0]]
     found = bank.score(channels, 2)
     assert found.tokens[0, 0] == found.running[0, 0] == pytest.approx(1 / (1 + math.exp(0.5)))
-    assert found.running[:, 1].tolist() == pytest.approx([1 / (1 + math.exp(-4)), 1 / (1 + math.exp(-2.5))])
+    assert found.running[:, 1].tolist() == pytest.approx([1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(-2.5))])
     assert bank.score(channels, 1).running.tolist() == found.running[1:].tolist(), "the past is given, but not scored"
 
 
@@ -309,7 +309,8 @@ def test_a_cut_file_is_refused_even_when_its_card_vouches_for_it(saved):
         ("wide.weight", torch.zeros(2, 32), r"weights of shape \(2, 32\) and biases of shape \(1,\)"),
         ("wide.weight", torch.zeros(32), r"weights of shape \(32,\) and biases of shape \(1,\)"),
         ("deep.outputs", torch.zeros(5), r"\(5,\) for 3 sites and 2 channels"),
-        ("deep.outputs", torch.full((6,), math.nan), "not finite"),
+        ("deep.outputs", torch.full((7,), math.nan), "not finite"),
+        ("wide.outputs", torch.zeros(0), r"\(1, 32\), \(1,\), \(0,\) for 4 sites and 1 channels"),
         ("narrow.outputs", None, "lacks the weights of head 'narrow'"),
         ("wide.bias", torch.tensor([math.inf]), "not finite"),
         ("wide.weight", None, "lacks the weights of head 'wide'"),

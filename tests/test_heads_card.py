@@ -28,7 +28,11 @@ CARD = Card(
             threshold=0.5, budget=0.01, num_benign=600, num_flagged=1, fpr_upper=0.008, benign_source="HaluEval"
         )
     },
-    calibration={"a/token": CalibrationCard(scale=1.5, shift=-2.0, num_items=100, share_positive=0.1)},
+    calibration={
+        "a/token": CalibrationCard(
+            scale=1.5, shift=-2.0, num_items=100, share_positive=0.1, held_out={"platt_log_loss": 0.2}
+        )
+    },
     better_than_words={"a": True, "b": False},
     not_for="naïve use",
     run={"seed": 0, "config": {"budget": 0.01}},

@@ -105,6 +105,25 @@ def test_shuffled_labels_of_responses_give_an_auroc_of_one_half_on_fresh_rows():
     assert abs(auroc(scores, labels) - 0.5) < 3 * math.sqrt(401 / (12 * 200 * 200))
 
 
+def test_a_prior_is_learned_that_keeps_an_odd_beginning_from_being_a_flag():
+    """The first token of every response is moved as far as three of a stretch."""
+
+    def with_odd_beginnings(seed: int, name: str) -> Side:
+        features, examples = stretches(seed, name)
+        for values in features.values():
+            values[8, 0] += 7.5
+        return features, {row: example._replace(boundary=8) for row, example in examples.items()}
+
+    result = fitted(with_odd_beginnings(1, "t"), with_odd_beginnings(2, "v"), CONFIG)
+    assert float(result.outputs[-1]) < 0
+    head, (features, examples) = result.head("m", FINAL), with_odd_beginnings(3, "test")
+    running = [head.logits(values[8:], "response") for values in features.values()]
+    labels = torch.tensor([example.label for example in examples.values()])
+    without_prior = [head.channels(values[8:9])[0, -1] for values in features.values()]
+    assert all(row[0] < alone for row, alone in zip(running, without_prior, strict=True))
+    assert auroc(torch.stack([row.max() for row in running]), labels) > 0.7
+
+
 def twins(seed: int, name: str, num_pairs: int) -> Side:
     """Two responses to each prompt. Feature 0 tells them apart, but differs far more between prompts; feature 1 tells
     responses apart a little, with noise of its own.

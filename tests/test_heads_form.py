@@ -49,7 +49,8 @@ def by_the_formula(form: Form, channels: Tensor, outputs: Tensor) -> tuple[list[
     for end in range(1, len(wide) + 1):
         seen = slice(max(0, end - form.window), end)
         if form.kind in ("linear", "mlp"):
-            running.append(float(evidence[seen].mean()))
+            num_missing = form.window - len(evidence[seen])
+            running.append(float((evidence[seen].sum() + num_missing * out[-1]) / form.window))
         elif form.kind == "multimax":
             running.append(sum(float(wide[seen, 1 + j].max()) for j in range(form.width)))
         else:
@@ -63,19 +64,29 @@ def by_the_formula(form: Form, channels: Tensor, outputs: Tensor) -> tuple[list[
 
 def test_a_linear_form_by_hand():
     channels = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 60.0]])
-    two = Form(window=2)
-    assert two.tokens(channels, NONE).tolist() == [1.0, 2.0, 3.0]
-    assert two.running(channels, NONE).tolist() == [10.0, 15.0, 40.0], "the first window holds one token"
-    assert Form(width=1, window=2).running(channels[:, :1], NONE).tolist() == [1.0, 1.5, 2.5]
-    assert Form(window=9).running(channels, NONE).tolist() == [10.0, 15.0, 30.0]
+    two, prior = Form(window=2), torch.tensor([-4.0])
+    assert two.tokens(channels, prior).tolist() == [1.0, 2.0, 3.0]
+    assert two.running(channels, prior).tolist() == [(10 - 4) / 2, 15.0, 40.0], "the first window holds one token"
+    assert Form(width=1, window=2).running(channels[:, :1], prior).tolist() == [(1 - 4) / 2, 1.5, 2.5]
+    assert Form(window=4).running(channels, prior).tolist() == [(10 - 12) / 4, (30 - 8) / 4, (90 - 4) / 4]
+
+
+def test_a_first_token_alone_hardly_moves_the_response_from_its_prior():
+    channels, prior = torch.zeros(40, 2), torch.tensor([-3.0])
+    channels[0, 1] = 8.0
+    running = Form().running(channels, prior).tolist()
+    assert running[0] == (8.0 + 15 * -3.0) / 16
+    assert running[1] == (8.0 + 0.0 + 14 * -3.0) / 16
+    assert running[15] == 8.0 / 16, "the window is full"
+    assert running[16] == 0.0
 
 
 def test_an_mlp_form_by_hand():
     channels = torch.tensor([[1.0, -5.0], [-1.0, 2.0], [3.0, 1.0]])
-    outputs = torch.tensor([1.0, 10.0, 2.0, -1.0, 0.5, 0.25])  # token row, response row, their biases
+    outputs = torch.tensor([1.0, 10.0, 2.0, -1.0, 0.5, 0.25, -1.25])  # token row, response row, their biases, prior
     form = Form(kind="mlp", width=2, window=2)
     assert form.tokens(channels, outputs).tolist() == [1.5, 20.5, 13.5]
-    assert form.running(channels, outputs).tolist() == [2.25, (2.25 - 1.75) / 2, (-1.75 + 5.25) / 2]
+    assert form.running(channels, outputs).tolist() == [(2.25 - 1.25) / 2, (2.25 - 1.75) / 2, (-1.75 + 5.25) / 2]
 
 
 def test_an_attention_form_by_hand():
@@ -182,6 +193,15 @@ def test_rescaling_changes_one_logit_and_leaves_the_other_unless_they_share_a_ch
         torch.testing.assert_close(changed.logits(features, other), kept, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("form", [Form(), Form(width=1), Form(kind="mlp", width=2)], ids=str)
+def test_rescaling_the_response_moves_its_prior_along(form):
+    head = seeded_head("m", SITES, SIZE, form, random(0))
+    prior = float(head.outputs[-1])
+    assert float(head.rescaled("response", 2.0, 0.5).outputs[-1]) == pytest.approx(2 * prior + 0.5)
+    moved_with_tokens = 2 * prior + 0.5 if form.shares else prior
+    assert float(head.rescaled("token", 2.0, 0.5).outputs[-1]) == pytest.approx(moved_with_tokens)
+
+
 def test_one_channel_and_a_window_of_one_token_make_both_logits_the_same():
     form = Form(width=1, window=1)
     channels, outputs = drawn(form, 0, 20)
@@ -191,9 +211,9 @@ def test_one_channel_and_a_window_of_one_token_make_both_logits_the_same():
 @pytest.mark.parametrize(
     ("form", "channels", "outputs", "shares"),
     [
-        (Form(), 2, 0, False),
-        (Form(width=1), 1, 0, True),
-        (Form(kind="mlp", width=3), 3, 8, False),
+        (Form(), 2, 1, False),
+        (Form(width=1), 1, 1, True),
+        (Form(kind="mlp", width=3), 3, 9, False),
         (Form(kind="attention", width=3), 7, 0, False),
         (Form(kind="attention", width=1), 3, 0, False),
         (Form(kind="multimax", width=3), 4, 0, False),

@@ -32,11 +32,11 @@ def test_a_logit_is_the_weighted_sum_and_rescaling_acts_on_the_logit():
 
 def test_a_head_of_two_channels_reads_the_token_off_one_and_the_response_off_the_other():
     weight, bias = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([0.5, -1.0])
-    head = Head("m", (FINAL,), weight, bias, Form(window=2))
+    head = Head("m", (FINAL,), weight, bias, Form(window=2), torch.tensor([-2.0]))
     features = torch.tensor([[1.0, 1.0], [3.0, 4.0], [5.0, 0.0]])
     assert head.channels(features).tolist() == [[1.5, 1.0], [3.5, 7.0], [5.5, -1.0]]
     assert head.logits(features).tolist() == [1.5, 3.5, 5.5]
-    assert head.logits(features, "response").tolist() == [1.0, 4.0, 3.0]
+    assert head.logits(features, "response").tolist() == [(1.0 - 2.0) / 2, 4.0, 3.0]
     with pytest.raises(AssertionError, match="keeps the order"):
         head.rescaled("token", -1.0, 0.0)
 
@@ -48,7 +48,7 @@ def test_a_head_of_two_channels_reads_the_token_off_one_and_the_response_off_the
         (torch.tensor([1.0, math.inf]), 0.0, (FINAL,), "not finite"),
         (torch.ones(2), math.nan, (FINAL,), "not finite"),
         (torch.ones(2), -math.inf, (FINAL,), "not finite"),
-        (torch.ones(3), 0.0, (FINAL, Site(0, "resid_post")), r"shape \(1, 3\), \(1,\), \(0,\) for 2 sites"),
+        (torch.ones(3), 0.0, (FINAL, Site(0, "resid_post")), r"shape \(1, 3\), \(1,\), \(1,\) for 2 sites"),
         (torch.ones(0), 0.0, (FINAL,), r"shape \(1, 0\)"),
         (torch.ones(2), 0.0, (), "name one or more, once"),
         (torch.ones(2), 0.0, (FINAL, FINAL), "name one or more, once"),
@@ -62,10 +62,11 @@ def test_a_head_that_cannot_work_is_refused(weight, bias, sites, words):
 @pytest.mark.parametrize(
     ("form", "shapes"),
     [
-        (Form(), ((1, 4), (1,), (0,))),
-        (Form(width=1), ((2, 4), (2,), (0,))),
+        (Form(), ((1, 4), (1,), (1,))),
+        (Form(), ((2, 4), (2,), (0,))),
+        (Form(width=1), ((2, 4), (2,), (1,))),
         (Form(kind="attention", width=1), ((2, 4), (2,), (0,))),
-        (Form(kind="mlp", width=2), ((2, 4), (2,), (5,))),
+        (Form(kind="mlp", width=2), ((2, 4), (2,), (6,))),
         (Form(kind="multimax"), ((3, 4), (3,), (1,))),
     ],
     ids=str,
@@ -78,7 +79,7 @@ def test_weights_that_do_not_fill_the_form_are_refused_with_their_shapes(form, s
 
 
 def test_an_output_layer_that_is_not_finite_is_refused():
-    outputs = torch.tensor([0.0, math.nan, 0.0, 0.0])
+    outputs = torch.tensor([0.0, math.nan, 0.0, 0.0, 0.0])
     with pytest.raises(ArtefactError, match="not finite"):
         Head("m", (FINAL,), torch.zeros(1, 4), torch.zeros(1), Form(kind="mlp", width=1), outputs)
 

@@ -96,13 +96,16 @@ def card(metric: str = M) -> Card:
             f"{metric}/auroc_token_minus_words": measured(0.25),
             f"{metric}/fpr_at_threshold": measured(0.5),
             f"{metric}/ece_token": measured(0.2),
-            f"{metric}/new_figure/other_set": measured(0.125),
+            f"{metric}/elsewhere/other_set/new_figure": measured(0.125),
+            f"{metric}/elsewhere/other_set/auroc_token": measured(0.625),
+            f"{metric}/elsewhere/other_set/auroc_token_minus_words": measured(-0.125),
             "other/auroc_token": measured(0.99),
         },
         baselines={
             f"{metric}/auroc_token/words": measured(0.5),
             f"{metric}/ece_token/target": measured(0.1),
-            f"{metric}/new_figure/other_set/words": measured(0.25),
+            f"{metric}/elsewhere/other_set/new_figure/words": measured(0.25),
+            f"{metric}/elsewhere/other_set/auroc_token/words": measured(0.75),
         },
         thresholds={
             metric: ThresholdCard(
@@ -128,15 +131,19 @@ def whole_section(folder: Path) -> Section:
 def test_the_table_holds_the_cards_figures_with_the_best_marked_by_the_right_end(tmp_path: Path) -> None:
     section = whole_section(tmp_path)
     assert section.scorers == ("head", "words", "target")
-    tokens, negatives, calibration, unknown = section.figures
+    tokens, elsewhere, negatives, calibration, unknown = section.figures
     head, words, target = tokens.cells
     assert head is not None and words is not None and target is None
     assert (head.value, head.interval, head.is_best, head.difference) == ("0.750", "0.650 to 0.850", True, None)
     assert (words.value, words.is_best) == ("0.500", False)
     assert words.difference == ("+0.250", "+0.150 to +0.350")
+    assert elsewhere.name == "AUROC of tokens, other set"
+    head, words, _ = elsewhere.cells
+    assert head is not None and words is not None and words.is_best and not head.is_best
+    assert words.difference == ("\N{MINUS SIGN}0.125", "\N{MINUS SIGN}0.225 to \N{MINUS SIGN}0.025")
     assert negatives.better == "lower" and negatives.cells[0] is not None and not negatives.cells[0].is_best
     assert [cell and cell.is_best for cell in calibration.cells] == [False, None, True]
-    assert unknown.name == "new figure, other_set"
+    assert unknown.name == "new figure, other set"
     assert [cell and cell.is_best for cell in unknown.cells] == [False, False, None], "nobody said which way is better"
 
 

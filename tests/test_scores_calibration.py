@@ -152,7 +152,8 @@ def drawn(kind: str, count: int = 4000, num_groups: int = 200):
 def test_a_step_is_calibrated_by_the_isotonic_map_and_a_line_by_platt():
     step, line = choose_calibration(*drawn("step")), choose_calibration(*drawn("line"))
     assert isinstance(step.found, Isotonic)
-    assert step.isotonic_loss < step.platt_loss
+    assert step.isotonic.log_loss < step.platt.log_loss
+    assert step.isotonic.calibration_error < 0.5 * step.platt.calibration_error
     assert "lower loss on held-out groups" in step.reason
     assert line.found == platt(*drawn("line")[:2])
     assert "not shown to be better" in line.reason
@@ -165,7 +166,7 @@ def test_the_choice_does_not_depend_on_the_order_of_rows():
         choose_calibration(logits, labels, groups),
         choose_calibration(logits[order], labels[order], [groups[i] for i in order]),
     )
-    assert (there.platt_loss, there.isotonic_loss) == pytest.approx((back.platt_loss, back.isotonic_loss))
+    assert (*there.platt, *there.isotonic) == pytest.approx((*back.platt, *back.isotonic))
     assert isinstance(back.found, Isotonic)
 
 
@@ -185,7 +186,7 @@ def test_one_document_that_is_learned_by_heart_does_not_win_the_choice():
 def test_a_small_sample_falls_to_platt(count, num_groups):
     found = choose_calibration(*drawn("step", count, num_groups))
     assert isinstance(found.found, Platt)
-    assert math.isnan(found.platt_loss)
+    assert found.platt is found.isotonic is None
     assert "too few to choose by" in found.reason
 
 

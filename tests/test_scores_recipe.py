@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pilotfish.core import Conversation, Message, Site, Span
-from pilotfish.errors import LeakError, SettingError, TextError
+from pilotfish.errors import LeakError, PairMismatch, SettingError, TextError
 from pilotfish.heads import FitConfig, Form, HeadBank
-from pilotfish.models import LoadedModel, Pair
+from pilotfish.models import LoadedModel, Pair, tiny_tokenizer
 from pilotfish.runs import generator
 from pilotfish.scores import RecipeConfig, RivalConfig, build_bank, score_tokens
 from pilotfish.scores.prepared import prepare
@@ -169,8 +169,8 @@ def test_benign_rows_that_the_head_was_made_with_are_refused(reader, tmp_path):
         build_bank(SPLITS, [*BENIGN, *quiet], reader, metric=METRIC, config=CONFIG, work_folder=tmp_path, seed=0)
 
 
-def test_splits_by_other_names_are_refused(reader, tmp_path):
-    with pytest.raises(SettingError, match="give train, validation, test"):
+def test_splits_of_which_one_is_missing_are_refused(reader, tmp_path):
+    with pytest.raises(SettingError, match="splits are train; give train, validation, test"):
         build_bank({"train": []}, BENIGN, reader, metric=METRIC, config=CONFIG, work_folder=tmp_path, seed=0)
 
 
@@ -226,9 +226,90 @@ def test_every_rival_scores_the_test_texts_and_stands_on_the_card(reader, tmp_pa
         "judge": 10,
         "classifier": 10,
     }
+    assert 0 < bank.card.metrics[f"{METRIC}/tokens_over_judge"].value < 1, "the judge reads a question besides"
+    assert bank.card.metrics[f"{METRIC}/cost_over_judge"].value < 0.1
     for name in ("words", "length", "judge", "classifier"):
         assert f"{METRIC}/auroc_response/{name}" in bank.card.baselines
         assert f"{METRIC}/auroc_response_minus_{name}" in bank.card.metrics
+
+
+@pytest.fixture(scope="module")
+def target(pair: Pair, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("target")
+    pair.target.save_pretrained(folder)
+    pair.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_same_head_on_the_target_is_a_rival_on_the_same_texts(reader, target, tmp_path):
+    config = dataclasses.replace(CONFIG, rivals=RivalConfig(names=("target",), target=target))
+    bank, scored = build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=config, work_folder=tmp_path, seed=0)
+    alone = build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=CONFIG, work_folder=tmp_path / "a", seed=0).bank
+    assert torch.equal(bank.heads[0].weight, alone.heads[0].weight), "the rival changes nothing about the head"
+    assert [text.id for text in scored["target"]] == [text.id for text in scored["head"]]
+    for figure in ("auroc_token", "auroc_response", "pairwise_accuracy", "character_f1"):
+        ours, theirs = bank.card.metrics[f"{METRIC}/{figure}"], bank.card.baselines[f"{METRIC}/{figure}/target"]
+        difference = bank.card.metrics[f"{METRIC}/{figure}_minus_target"]
+        assert difference.value == pytest.approx(ours.value - theirs.value)
+    assert bank.card.baselines[f"{METRIC}/auroc_token/target"].value > 0.9, "the target reads capitals too"
+    assert "bigger model" not in bank.card.not_for
+    assert "Not compared with the same head on a bigger model." in alone.card.not_for
+
+
+def test_a_head_on_its_own_reader_as_target_is_the_same_head(reader, pair, tmp_path):
+    pair.draft.save_pretrained(tmp_path / "draft")
+    pair.tokenizer.save_pretrained(tmp_path / "draft")
+    config = dataclasses.replace(CONFIG, rivals=RivalConfig(names=("target",), target=str(tmp_path / "draft")))
+    bank, scored = build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=config, work_folder=tmp_path, seed=0)
+    for ours, theirs in zip(scored["head"], scored["target"], strict=True):
+        assert torch.equal(ours.token_scores, theirs.token_scores) and ours.score == theirs.score
+    assert bank.card.metrics[f"{METRIC}/auroc_token_minus_target"].high == 0.0
+
+
+def test_a_target_of_another_vocabulary_is_refused(reader, pair, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["brandnew"])
+    pair.target.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    config = dataclasses.replace(CONFIG, rivals=RivalConfig(names=("target",), target=str(tmp_path / "target")))
+    with pytest.raises(PairMismatch, match="brandnew"):
+        build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=config, work_folder=tmp_path / "w", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"names": ("words", "wrods")}, "rival 'wrods' is unknown; use words, length, judge, classifier, target"),
+        ({"names": ("words", "target")}, "rivals are words, target and the target is None; .* needs the name of a"),
+        ({"names": (), "target": "big"}, "rivals are none and the target is big"),
+    ],
+)
+def test_rivals_that_cannot_be_made_are_refused(settings, words):
+    with pytest.raises(SettingError, match=words):
+        RivalConfig(**settings)
+
+
+def test_a_large_validation_says_how_good_both_maps_to_probabilities_are_on_other_documents(reader, tmp_path):
+    large = SPLITS | {"validation": rows("validation", 30)}
+    bank, _ = build_bank(large, BENIGN, reader, metric=METRIC, config=CONFIG, work_folder=tmp_path, seed=0)
+    token, response = (bank.card.calibration[f"{METRIC}/{which}"] for which in ("token", "response"))
+    assert set(token.held_out) == {"platt_log_loss", "platt_error", "isotonic_log_loss", "isotonic_error"}
+    assert 0 < token.held_out["platt_log_loss"] < math.log(2) and 0 <= token.held_out["platt_error"] < 0.2
+    assert response.held_out == {}, "sixty responses are too few to choose by"
+    assert HeadBank.load(bank.save(tmp_path / "bank")).card.calibration == bank.card.calibration
+
+
+def test_the_card_says_how_the_marks_of_the_character_figure_were_made(reader, tmp_path):
+    pytest.importorskip("sklearn")
+    config = dataclasses.replace(CONFIG, rivals=RivalConfig(names=("words", "length")))
+    card = build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=config, work_folder=tmp_path, seed=0).bank.card
+    figure, words = card.metrics[f"{METRIC}/character_f1"], card.baselines[f"{METRIC}/character_f1/words"]
+    assert figure.value > 0.9 and figure.n == 8
+    difference = card.metrics[f"{METRIC}/character_f1_minus_words"]
+    assert difference.value == pytest.approx(figure.value - words.value)
+    assert set(card.run["config"]["markings"]) == {"head", "words"}
+    assert set(card.run["config"]["markings"]["head"]) == {"threshold", "whole_words", "gap"}
+    json.dumps(card.run, allow_nan=False)
 
 
 def test_the_head_reads_evenly_spaced_sites_with_the_final_norm_last(built):
@@ -252,3 +333,16 @@ def test_words_that_tell_everything_are_not_beaten_and_the_card_says_so(reader, 
     assert bank.card.better_than_words == {METRIC: False}
     for what in ("single tokens", "whole responses"):
         assert f"Not shown to be better than TF-IDF at telling {what} apart." in bank.card.not_for
+
+
+def test_of_several_forms_the_one_that_validation_prefers_is_kept(reader, tmp_path):
+    forms = (Form(width=1, window=1), Form(width=1))
+    configs = [dataclasses.replace(CONFIG, fit=dataclasses.replace(CONFIG.fit, form=form)) for form in forms]
+    configs.append(dataclasses.replace(configs[0], forms=forms))
+    alone, other, both = (
+        build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=config, work_folder=tmp_path, seed=0).bank
+        for config in configs
+    )
+    qualities = [sum(part["quality"] for part in bank.card.run["config"]["chosen"].values()) for bank in (alone, other)]
+    best = alone if qualities[0] >= qualities[1] else other
+    assert both.heads[0].form == best.heads[0].form and torch.equal(both.heads[0].weight, best.heads[0].weight)

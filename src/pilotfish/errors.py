@@ -9,11 +9,16 @@ PilotfishError
 │   ├── PairMismatch     target and draft do not share a vocabulary
 │   └── WeightsError     weights that cannot be fetched, checked or stored
 ├── StorageError         a file that cannot be written: the disk is full
-├── ArtefactError        a bank or recording that is damaged or incomplete
-│   └── BankMismatch     a bank made for another model, tokenizer or shape
+├── ArtefactError        a bank, direction or recording that is damaged or incomplete
+│   ├── BankMismatch     a bank made for another model, tokenizer or shape
+│   └── DirectionMismatch  directions of another model, or of different sites
 ├── EndpointError        a judge's server that refuses to work, or has stopped answering
 │   └── Unanswered       one request that it did not answer; others may go well
-└── GenerationError      a request that the engine refuses, or could not finish
+├── GenerationError      a request that the engine refuses, or could not finish
+├── EngineFailed         an engine that broke while it worked on a request
+├── Busy                 more requests than a server takes on
+├── StoreError           a database that cannot be reached or written
+└── DeliveryError        an alert that has not arrived where it was sent
 """
 
 
@@ -54,11 +59,15 @@ class StorageError(PilotfishError):
 
 
 class ArtefactError(PilotfishError):
-    """A bank or recording that is damaged or incomplete."""
+    """A bank, direction or recording that is damaged or incomplete."""
 
 
 class BankMismatch(ArtefactError):
     """A bank made for another model, another tokenizer or another shape."""
+
+
+class DirectionMismatch(ArtefactError):
+    """Directions of another model, or of different sites."""
 
 
 class EndpointError(PilotfishError):
@@ -71,3 +80,23 @@ class Unanswered(EndpointError):
 
 class GenerationError(PilotfishError):
     """A request that the engine refuses, or a generation that could not finish."""
+
+
+class EngineFailed(PilotfishError):
+    """An engine that broke while it worked on a request; its log says why."""
+
+
+class Busy(PilotfishError):
+    """More requests than a server takes on; another try later may be taken."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"all places are taken and the queue is full; try again in {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
+
+
+class StoreError(PilotfishError):
+    """A database that cannot be reached or written."""
+
+
+class DeliveryError(PilotfishError):
+    """An alert that has not arrived where it was sent, as far as is known."""

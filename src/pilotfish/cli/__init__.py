@@ -13,8 +13,11 @@ from typing import Annotated
 
 import tyro
 
+from pilotfish.cli.policy_verbs import PolicyCheck, PolicyDryRun
+from pilotfish.cli.server_verbs import Keys, Serve
+from pilotfish.cli.steer_verbs import Steer, SteerCalibrate, SteerVerify
 from pilotfish.cli.terminal import quieten_transformers
-from pilotfish.cli.verbs import BenchTax, Chat, Check, Contrast, Demo, Fit, Labels, Report, Score
+from pilotfish.cli.verbs import BenchTax, Chat, Check, Contrast, Demo, Fit, Labels, Report, Score, Tune
 from pilotfish.errors import PilotfishError
 
 __all__ = ["main"]
@@ -24,19 +27,29 @@ Verb = (
     | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Fit, tyro.conf.subcommand("fit")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Labels, tyro.conf.subcommand("labels")]
     | Annotated[Contrast, tyro.conf.subcommand("contrast")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
+    | Annotated[Keys, tyro.conf.subcommand("keys")]
+    | Annotated[PolicyCheck, tyro.conf.subcommand("policy-check")]
+    | Annotated[PolicyDryRun, tyro.conf.subcommand("policy-dry-run")]
+    | Annotated[Steer, tyro.conf.subcommand("steer")]
+    | Annotated[SteerCalibrate, tyro.conf.subcommand("steer-calibrate")]
+    | Annotated[SteerVerify, tyro.conf.subcommand("steer-verify")]
     | Annotated[BenchTax, tyro.conf.subcommand("bench-tax")]
 )
+
+TWO_WORDS = {("bench", "tax"), ("policy", "check"), ("policy", "dry-run"), ("steer", "calibrate"), ("steer", "verify")}
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one verb; the `pilotfish` command."""
     given = list(sys.argv[1:] if args is None else args)
-    if given[:2] == ["bench", "tax"]:  # read as two words, told to the parser as one
-        given[:2] = ["bench-tax"]
+    if tuple(given[:2]) in TWO_WORDS:  # read as two words, told to the parser as one
+        given[:2] = ["-".join(given[:2])]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         verb: Verb = tyro.cli(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pilotfish.cli.terminal import table
 from pilotfish.cli.verbs import Fit
 from pilotfish.core import Conversation
 from pilotfish.errors import TextError
 from pilotfish.heads import Card
-from pilotfish.models import load_model
+from pilotfish.models import DEMO_PAIRS, load_model
 from pilotfish.scores import RecipeConfig, RivalConfig, build_bank, teach_ordinary, write_scored
+from pilotfish.scores.ordinary import Taught
 from pilotfish.scores.scored import SCORED_FILE
 from pilotfish.texts import read_jsonl, split
 
@@ -18,32 +21,19 @@ FRACTIONS_WITH_BENIGN = {"train": 0.55, "validation": 0.15, "test": 0.15, "benig
 
 
 def run(config: Fit) -> int:
-    conversations = read_jsonl(config.data)
-    known = sorted(
-        {span.metric for row in conversations for span in row.spans} | {m for row in conversations for m in row.labels}
-    )
-    if config.metric not in known:
-        raise TextError(
-            f"{config.data} has no label of metric {config.metric!r}; it has {', '.join(known) or 'none at all'}"
-        )
-    if config.benign is not None:
-        splits, benign = teach_ordinary(
-            split(conversations, FRACTIONS, seed=config.seed),
-            read_jsonl(config.benign),
-            metric=config.metric,
-            budget=config.budget,
-            seed=config.seed,
-        )
-    else:
-        splits = split(conversations, FRACTIONS_WITH_BENIGN, seed=config.seed)
-        benign = [row for row in splits.pop("benign") if _is_negative(row, config.metric)]
-    reader = load_model(config.model, device=config.device, dtype=config.dtype)
+    splits, benign = read_splits(config.data, config.metric, config.benign, budget=config.budget, seed=config.seed)
+    pair_target, pair_draft = DEMO_PAIRS.get(config.model, (None, None))
     recipe = RecipeConfig(
         num_sites=config.sites,
         max_tokens=config.max_tokens,
         budget=config.budget,
-        rivals=RivalConfig(question=config.question),
+        rivals=RivalConfig(
+            names=config.rivals,
+            target=config.target or (pair_target if pair_draft and "target" in config.rivals else None),
+            question=config.question,
+        ),
     )
+    reader = load_model(pair_draft or config.model, device=config.device, dtype=config.dtype)
     bank, scored = build_bank(
         splits, benign, reader, metric=config.metric, config=recipe, work_folder=config.work, seed=config.seed
     )
@@ -53,6 +43,23 @@ def run(config: Fit) -> int:
     print(f"\nThe bank: {config.out.resolve()}, with the held-out texts in {SCORED_FILE}: these are your own words.")
     print(f"To see curves, hits and misses: pilotfish report {config.out}")
     return 0
+
+
+def read_splits(data: Path, metric: str, benign: Path | None, *, budget: float, seed: int) -> Taught:
+    """Labelled conversations as splits that share no document, and what must not be flagged.
+
+    Raises:
+        TextError: no row has a label of the metric; or as `read_jsonl` and `split`.
+    """
+    rows = read_jsonl(data)
+    known = sorted({span.metric for row in rows for span in row.spans} | {name for row in rows for name in row.labels})
+    if metric not in known:
+        raise TextError(f"{data} has no label of metric {metric!r}; it has {', '.join(known) or 'none at all'}")
+    if benign is not None:
+        splits = split(rows, FRACTIONS, seed=seed)
+        return teach_ordinary(splits, read_jsonl(benign), metric=metric, budget=budget, seed=seed)
+    splits = split(rows, FRACTIONS_WITH_BENIGN, seed=seed)
+    return Taught(splits, [row for row in splits.pop("benign") if _is_negative(row, metric)])
 
 
 def _is_negative(row: Conversation, metric: str) -> bool:

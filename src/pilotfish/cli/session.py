@@ -89,7 +89,6 @@ def describe(engine: EmbeddedEngine, generation: Generation, title: str, policy:
         title,
         target=pair.target_identity.name,
         draft=pair.draft_identity.name if pair.draft_identity else None,
-        metrics=list(engine.metrics),
         thresholds=thresholds(engine, policy),
         policy={rule.metric: rule.action for rule in policy.rules},
     )

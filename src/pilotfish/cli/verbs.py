@@ -103,11 +103,15 @@ class Fit:
     out: Path
     """Folder of the bank to write."""
     model: str = "demo:qwen-coder-0.5b"
-    """The reader: the draft of the pair that will serve."""
+    """The reader: the draft of the pair that will serve. Of a demo pair (demo:qwen-coder), its draft."""
     benign: Path | None = None
     """JSONL of ordinary traffic, for the threshold; without it, a part of the data is put aside for its negatives."""
     budget: float = 0.01
     """False-positive budget: the share of benign responses that may be flagged."""
+    rivals: tuple[str, ...] = ("words", "length", "judge", "classifier")
+    """What the head is held against; `target` besides: the same head on the target, which then reads all texts too."""
+    target: str | None = None
+    """The bigger model of the rival `target`, where the model is no demo pair."""
     question: str | None = None
     """What the baseline that asks the reader outright asks it: a sentence that a yes answers when the metric holds."""
     sites: int = 5
@@ -129,6 +133,65 @@ class Fit:
 
     def run(self) -> int:
         from pilotfish.cli.fit import run
+
+        return run(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tune:
+    """Tunes the draft of a pair for a head and for speculation at once, and fits the head on it (extra `train`)."""
+
+    data: Path
+    """JSONL of conversations with spans or labels."""
+    metric: str
+    """Which of the labels to learn."""
+    benign: Path
+    """JSONL of ordinary traffic: negatives, the threshold, and prompts that the target answers for the draft."""
+    out: Path
+    """Folder to write: the draft as a model in `draft`, its bank in `bank`."""
+    model: str = DEMO_PAIR
+    """The pair, by its target: a demo pair, a local folder or a hub name."""
+    draft: str | None = None
+    """Draft, where the pair does not name its own."""
+    distill: float = 0.5
+    """Share of the loss that goes to agreement with the target, in [0, 1]; the rest goes to the head."""
+    steps: int = 60
+    """Steps of training."""
+    learning_rate: float = 1e-4
+    """Of the adapters."""
+    answers: int = 100
+    """Prompts that the target answers for the draft to learn from."""
+    held_out: int = 40
+    """Other prompts, on whose answers acceptance is measured."""
+    answer_tokens: int = 64
+    """Longest such answer."""
+    budget: float = 0.01
+    """False-positive budget: the share of benign responses that may be flagged."""
+    question: str | None = None
+    """What the baseline that asks the draft outright asks it: a sentence that a yes answers when the metric holds."""
+    sites: int = 5
+    """Evenly spaced layers that the head reads, the final norm among them."""
+    max_tokens: int = 512
+    """Longer texts are cut here when the head is fitted; tuning itself reads the first 256 tokens."""
+    seed: int = 0
+    """Of splits, sampling, tuning and fit."""
+    work: Path = Path("out/recordings")
+    """Folder of recorded activations, answers and distributions; an interrupted run resumes there."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """auto, bfloat16, float16 or float32."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.budget < 1.0:
+            raise SettingError(f"budget {self.budget} is outside (0, 1); 0.01 flags one benign response in a hundred")
+        if not 0.0 <= self.distill <= 1.0:
+            raise SettingError(f"distill {self.distill} is outside [0, 1]; 0.5 weighs head and target alike")
+        if min(self.steps, self.answers, self.answer_tokens) < 1 or self.held_out < 2:
+            raise SettingError("give 1 or more steps, answers and answer tokens, and 2 or more prompts held out")
+
+    def run(self) -> int:
+        from pilotfish.cli.tune import run
 
         return run(self)
 

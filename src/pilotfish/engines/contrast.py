@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pilotfish.core import Conversation, Message
-from pilotfish.engines.embedded import EmbeddedEngine, Request
+from pilotfish.engines.embedded import EmbeddedEngine
+from pilotfish.engines.request import Request
 from pilotfish.engines.speculate import Sampling
 from pilotfish.errors import GenerationError, SettingError
 from pilotfish.models import Pair

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +15,16 @@ INCOMPLETE = "\ufffd"
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
     """The text of one sequence of token ids."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+class Piece(NamedTuple):
+    """The characters of one token, by their places in the answer's text."""
+
+    start: int
+    end: int
+    """A character that only later tokens complete is included, and belongs to each of them."""
+    shown: int
+    """How much of the text may be shown with the token."""
 
 
 class TextStream:
@@ -30,6 +42,10 @@ class TextStream:
         self._taken = 0
         self.is_stopped = False
         """Whether a stop string was met; `text` ends before it."""
+        self.pieces: list[Piece] = []
+        """Of the tokens so far."""
+        self._open = 0
+        """Characters at the end of the last piece that are still to be completed."""
 
     def push(self, token_id: int, *, is_last: bool = False) -> str:
         """Adds a token; returns the text that may be shown now, all of the rest when it is the last token."""
@@ -39,11 +55,37 @@ class TextStream:
         if not is_last and not self.is_stopped:
             safe -= self._held_back()
         delta, self._taken = self.text[self._taken : safe], max(self._taken, safe)
+        self.pieces[-1] = self.pieces[-1]._replace(shown=self._taken)
         return delta
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], ids: Sequence[int]) -> TextStream:
+        """The text of tokens that were pushed one by one."""
+        stream = cls(tokenizer, stop)
+        for token_id in ids:
+            stream.push(token_id)
+        return stream
+
+    def without(self, hidden: AbstractSet[int], index: int, mark: str) -> str:
+        """What may be shown with token `index` where the characters at the places `hidden` must not be: each run of
+        them becomes one mark.
+        """
+        begin = self.pieces[index - 1].shown if index else 0
+        shown = []
+        for place in range(begin, self.pieces[index].shown):
+            if place not in hidden:
+                shown.append(self.text[place])
+            elif place - 1 not in hidden:
+                shown.append(mark)
+        return "".join(shown)
 
     def _grow(self, token_id: int, is_last: bool) -> None:
         self._ids.append(token_id)
         window = text_of(self._tokenizer, self._ids[self._start :], skip_special_tokens=True)
+        begin = self.pieces[-1].end - self._open if self.pieces else 0
+        end = len(self.text) - self._shown + len(window)
+        self._open = min(len(window) - len(window.rstrip(INCOMPLETE)), len(window) - self._shown)
+        self.pieces.append(Piece(min(begin, end), end, 0))
         if window.endswith(INCOMPLETE) and not is_last:
             return
         self.text += window[self._shown :]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from pilotfish.actions import Verdict
 from pilotfish.core import PENDING, Reader, TokenScore
+from pilotfish.engines.signals import Signals
+from pilotfish.runs import write_json
 
 Origin = Literal["prompt", "draft", "target"]
 FinishReason = Literal["eos", "length", "stop_string", "content_filter"]
@@ -90,6 +93,24 @@ class Token:
     """None while pending."""
     is_emitted: bool = False
     """False for a token that a gate withheld."""
+    is_redacted: bool = False
+    """Whether a mark took the place of its characters in `delta`; `text` and the model's context keep them."""
+    is_deferred: bool = False
+    """Whether it was drawn from the draft alone, the target not being asked."""
+    edits: tuple[str, ...] = ()
+    """Edits that were on in the target's pass that verified or chose it."""
+    signals: Signals | None = None
+    """None where they were not asked for, or are still pending."""
+
+
+class Attempt(NamedTuple):
+    """Committed tokens that were taken back before any of them was emitted."""
+
+    start: int
+    """Position of the first; its id is excluded there from then on when it was a rule to resample that asked."""
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    action: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +180,14 @@ class Generation:
     """What the engine decided on its own: speculation paused, heads moved to the target, reads that cost extra."""
     num_taxed_reads: int = 0
     """Draft passes that were made for the scores alone; 0 when monitoring was free."""
+    attempts: list[Attempt] = field(default_factory=list)
+    """What was taken back, to be sampled again or left to the draft; never part of `tokens`."""
+    num_asked: int = 0
+    """Calls of a slower judge."""
+    num_unanswered: int = 0
+    """Of these, calls that failed; each stopped the answer."""
+    starts_reasoning: bool = False
+    """Whether the chat template had opened the reasoning."""
 
     @property
     def answer(self) -> str:
@@ -176,6 +205,12 @@ class Generation:
         drafted = sum(len(item.drafted) for item in self.rounds)
         return sum(item.num_accepted for item in self.rounds) / drafted if drafted else None
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Of the heads, and of the second signals where they were asked for."""
+        rows = [row for token in self.tokens for row in (token.scores, token.signals and token.signals.scores()) if row]
+        return tuple(dict.fromkeys(metric for row in rows for metric in row))
+
     def misses(self) -> Counter[str]:
         """Reasons of tokens (prompt included) that no head scored; committed = scored + the sum of these."""
         return Counter(reason for token in self.tokens if (reason := _missing(token)))
@@ -187,7 +222,9 @@ class Generation:
         misses = self.misses()
         return {
             "title": title,
+            "metrics": list(self.metrics),
             "prompt": self.prompt,
+            "starts_reasoning": self.starts_reasoning,
             "finish_reason": self.finish_reason,
             "tokens": [_token_dict(token) for token in self.tokens],
             "rounds": [
@@ -202,6 +239,7 @@ class Generation:
                 for item in self.rounds
             ],
             "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            "attempts": [attempt._asdict() for attempt in self.attempts],
             "stats": {
                 "seconds": self.seconds,
                 "tokens_per_s": len(self.committed) / self.seconds if self.seconds else None,
@@ -211,10 +249,17 @@ class Generation:
                 "num_scored": len(self.tokens) - sum(misses.values()),
                 "misses": dict(misses),
                 "num_taxed_reads": self.num_taxed_reads,
+                "num_asked": self.num_asked,
+                "num_unanswered": self.num_unanswered,
                 "notes": self.notes,
             },
             **labels,
         }
+
+    def to_json(self, path: Path, title: str = "", **labels: Any) -> Path:
+        """Writes `to_dict` as JSON, atomically: the recording that `actions.read_recorded` takes. It holds the text."""
+        write_json(path, self.to_dict(title, **labels))
+        return path
 
 
 def _missing(token: Token) -> str | None:
@@ -237,7 +282,7 @@ def _score_dict(scores: Mapping[str, TokenScore] | None) -> dict[str, Any]:
 
 
 def _token_dict(token: Token) -> dict[str, Any]:
-    return {
+    row = {
         "position": token.position,
         "id": token.id,
         "text": token.text,
@@ -246,3 +291,11 @@ def _token_dict(token: Token) -> dict[str, Any]:
         "emitted": token.is_emitted,
         **_score_dict(token.scores),
     }
+    said = {"redacted": token.is_redacted, "deferred": token.is_deferred, "edits": list(token.edits)}
+    row |= {name: value for name, value in said.items() if value}
+    if token.signals is not None:
+        known = _score_dict(token.signals.scores())
+        for name in ("scores", "running", "unscored"):
+            row[name] = row.get(name, {}) | known[name]
+        row["signals"] = token.signals._asdict()
+    return row

@@ -15,9 +15,10 @@ import torch
 
 from pilotfish.core import Message
 from pilotfish.engines.drafting import Drafting
-from pilotfish.engines.embedded import EmbeddedEngine, Request
+from pilotfish.engines.embedded import EmbeddedEngine
 from pilotfish.engines.reader import CachedModel
 from pilotfish.engines.records import TokenEvent
+from pilotfish.engines.request import Request
 from pilotfish.heads import Form, Head, HeadBank
 from pilotfish.models import Pair, evenly_spaced_sites
 from pilotfish.runs import progress

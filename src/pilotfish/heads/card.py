@@ -62,6 +62,10 @@ class CalibrationCard:
     num_items: int
     """Validation tokens or responses that it was fitted on; probabilities are for their share of positives."""
     share_positive: float
+    held_out: Mapping[str, float] = field(default_factory=dict)
+    """`platt_log_loss` (nats), `platt_error` (expected calibration error), and the same of `isotonic`, on validation
+    documents that a map was not fitted on; empty where those are too few. The isotonic map is not used.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +75,7 @@ class DataCard:
     num_rows: int
     num_tokens: int
     role: str
-    """train, validation, test or benign."""
+    """train, validation, test, benign, or elsewhere/NAME."""
     metric: str = ""
     """Of the head that they served."""
 

@@ -87,7 +87,7 @@ class Rows:
 
     def _row(self, row_id: str) -> Row:
         example = self._examples[row_id]
-        return _row(features_of(self._source, row_id, example), example, self._window)
+        return chosen_row(features_of(self._source, row_id, example), example, self._window)
 
     def _batch(self, rows: list[Row]) -> Batch:
         size = sum(len(row.labels) for row in rows)
@@ -113,7 +113,8 @@ class Rows:
         return mean.float(), torch.where(varies, 1 / std, 0.0).float()
 
 
-def _row(features: Float[Tensor, "token feature"], example: Example, window: int) -> Row:
+def chosen_row(features: Float[Tensor, "token feature"], example: Example, window: int) -> Row:
+    """The part of a row that training reads."""
     in_response = example.in_response
     if in_response is None:
         in_response = torch.ones_like(example.labels, dtype=torch.bool)

@@ -96,6 +96,11 @@ class FitResult(NamedTuple):
     """Of `token` and `response` where the form trains them apart, else of `both`."""
     history: tuple[Epoch, ...]
 
+    @property
+    def quality(self) -> float:
+        """On validation, to compare forms by: the mean over tokens and responses, where both are labelled."""
+        return sum(part.quality for part in self.chosen.values()) / len(self.chosen)
+
     def head(self, metric: str, sites: tuple[Site, ...]) -> Head:
         return Head(metric, sites, self.weight, self.bias, self.form, self.outputs)
 
@@ -121,7 +126,7 @@ def fit(
         ArtefactError: activations that are not finite.
     """
     form = config.form
-    weights = _weights(train, validation, examples, config)
+    weights = label_weights(train, validation, examples, config)
     rows = Rows(train, examples, batch_tokens=config.batch_tokens, window=form.window)
     readout = Readout(form, *rows.standardiser(), len(config.weight_decays), generator=generator)
     optimizer = torch.optim.Adam(readout.parameters())
@@ -147,15 +152,17 @@ def fit(
     return FitResult(weight, bias, outputs, form, chosen, tuple(history))
 
 
-class _Weights(NamedTuple):
+class LabelWeights(NamedTuple):
     """Of a positive token and a positive response against a negative one; None where there are no labels of a kind."""
 
     token: float | None
     response: float | None
 
 
-def _weights(train: Source, validation: Source, examples: Mapping[str, Example], config: FitConfig) -> _Weights:
-    """Refuses rows that the form cannot be trained on."""
+def label_weights(
+    train: Source, validation: Source, examples: Mapping[str, Example], config: FitConfig
+) -> LabelWeights:
+    """How much more a positive counts; refuses rows that the form cannot be trained on."""
     sides = [_shares(source, examples, what) for what, source in (("training", train), ("validation", validation))]
     usable = [all(0.0 < share < 1.0 for share in kind) for kind in zip(*sides, strict=True)]
     needs_both = config.form.kind == "linear" and not config.form.shares
@@ -170,7 +177,7 @@ def _weights(train: Source, validation: Source, examples: Mapping[str, Example],
         ((1 - share) / share if config.is_balanced else 1.0) if known else None
         for share, known in zip(sides[0], usable, strict=True)
     )
-    return _Weights(token, response)
+    return LabelWeights(token, response)
 
 
 def _shares(source: Source, examples: Mapping[str, Example], what: str) -> tuple[float, float]:
@@ -199,14 +206,14 @@ def _train(
     batches: Iterator[Batch],
     config: FitConfig,
     learning_rate: float,
-    weights: _Weights,
+    weights: LabelWeights,
 ) -> float:
     """One pass. The decay of AdamW is taken by hand, since every candidate has its own."""
     optimizer.param_groups[0]["lr"] = learning_rate
     keep = 1 - learning_rate * torch.tensor(config.weight_decays)[:, None, None]
     total, num_rows = 0.0, 0
     for batch in batches:
-        loss = _loss(readout, batch, config, weights).sum()  # a sum over candidates keeps them independent
+        loss = head_loss(readout, batch, config, weights).sum()  # a sum over candidates keeps them independent
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
@@ -217,9 +224,10 @@ def _train(
     return total / num_rows
 
 
-def _loss(readout: Readout, batch: Batch, config: FitConfig, weights: _Weights) -> Float[Tensor, " candidate"]:
+def head_loss(readout: Readout, batch: Batch, config: FitConfig, weights: LabelWeights) -> Float[Tensor, " candidate"]:
+    """Of each candidate: the mean over labelled tokens, that over labelled responses, and that over pairs of twins."""
     channels = readout(batch.features)
-    loss: Tensor = channels.new_zeros(len(config.weight_decays))
+    loss: Tensor = channels.new_zeros(channels.shape[1])
     if weights.token is not None:
         labels = torch.cat([row.labels for row in batch.rows])
         known = labels.isfinite()

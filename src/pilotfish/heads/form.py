@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from pilotfish.errors import SettingError
 
@@ -24,7 +24,8 @@ class Form:
 
     * `linear`: channel 0 is the token's logit; the response's is the mean of the last channel over the window (the
       sliding-window mean of Constitutional Classifiers++, arXiv 2601.04603, window 16). With one channel both are made
-      of the same; two let each be trained on its own labels.
+      of the same; two let each be trained on its own labels. The window of a text's first tokens is filled up with a
+      prior, which they do not do: without it one odd token at the very beginning raises a flag by itself.
     * `mlp`: the channels are hidden units; after a ReLU one output layer gives both, the response's averaged as above.
     * `attention`: channel 0 as above; `width` queries and `width` values, each query a softmax over the window (rolling
       attention, arXiv 2601.11516, where the window is 10).
@@ -36,7 +37,7 @@ class Form:
     width: int = 2
     """Channels (linear: 1 or 2), hidden units (mlp), or attention heads and maxima (attention, multimax)."""
     window: int = 16
-    """Tokens that the response's logit looks back on, the current one included; fewer at the beginning of a text."""
+    """Tokens that the response's logit looks back on, the current one included."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -59,8 +60,10 @@ class Form:
 
     @property
     def num_outputs(self) -> int:
-        """Numbers of the output layer: two rows of weights and two biases of an `mlp`, none of the others."""
-        return 2 * self.width + 2 if self.kind == "mlp" else 0
+        """Numbers that follow the channels: of an `mlp` two rows of weights and two biases, of it and a linear head the
+        prior.
+        """
+        return {"linear": 1, "mlp": 2 * self.width + 3, "attention": 0, "multimax": 0}[self.kind]
 
     @property
     def shares(self) -> bool:
@@ -80,14 +83,13 @@ class Form:
         hidden = self._hidden(channels, outputs)
         match self.kind:
             case "linear" | "mlp":
-                evidence = hidden[..., -1]
-                return _windows(evidence, self.window, 0.0).sum(-1) / _counts(evidence, self.window)
+                return _windows(hidden[..., -1], self.window, outputs[..., -1]).mean(-1)
             case "attention":
                 queries, values = hidden[..., 1:].chunk(2, dim=-1)
-                weights = _windows(queries, self.window, -torch.inf).softmax(-1)
-                return (weights * _windows(values, self.window, 0.0)).sum(-1).sum(-1)
+                weights = _windows(queries, self.window, queries.new_tensor(-torch.inf)).softmax(-1)
+                return (weights * _windows(values, self.window, values.new_zeros(()))).sum(-1).sum(-1)
             case "multimax":
-                maxima: Tensor = _windows(hidden[..., 1:], self.window, -torch.inf).amax(-1)
+                maxima: Tensor = _windows(hidden[..., 1:], self.window, hidden.new_tensor(-torch.inf)).amax(-1)
                 return maxima.sum(-1)
 
     def _hidden(
@@ -95,8 +97,8 @@ class Form:
     ) -> Float[Tensor, "token *head hidden"]:
         if self.kind != "mlp":
             return channels
-        units, rows = channels.relu(), outputs[..., :-2].chunk(2, dim=-1)
-        return torch.stack([(units * row).sum(-1) for row in rows], dim=-1) + outputs[..., -2:]
+        units, rows = channels.relu(), outputs[..., :-3].chunk(2, dim=-1)
+        return torch.stack([(units * row).sum(-1) for row in rows], dim=-1) + outputs[..., -3:-1]
 
     def response_channels(self) -> slice:
         """Those whose values add up to the response's logit (not for `mlp`)."""
@@ -105,13 +107,7 @@ class Form:
         return slice(1 + self.width, None) if self.kind == "attention" else slice(1, None)
 
 
-def _windows(values: Float[Tensor, "token ..."], size: int, fill: float) -> Float[Tensor, "token *rest window"]:
-    """The last `size` values up to each token, oldest first, filled up at the beginning."""
-    padded = nn.functional.pad(values.movedim(0, -1), (size - 1, 0), value=fill).movedim(-1, 0)
-    return padded.unfold(0, size, 1)
-
-
-def _counts(values: Float[Tensor, "token ..."], size: int) -> Tensor:
-    """How many tokens each window holds, shaped to divide `values`."""
-    counts = torch.arange(1, len(values) + 1, device=values.device).clamp(max=size)
-    return counts.reshape(-1, *[1] * (values.ndim - 1))
+def _windows(values: Float[Tensor, "token ..."], size: int, fill: Tensor) -> Float[Tensor, "token ..."]:
+    """The last `size` values up to each token as one more axis, oldest first, filled up at the beginning."""
+    padding = fill.expand(size - 1, *values.shape[1:])
+    return torch.cat([padding, values]).unfold(0, size, 1)

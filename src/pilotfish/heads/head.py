@@ -27,8 +27,10 @@ class Head:
     """The sites' hidden units one site after the other, in the order of `sites`."""
     bias: Float[Tensor, " channel"]
     form: Form = field(default_factory=Form)
-    outputs: Float[Tensor, " output"] = field(default_factory=lambda: torch.zeros(0))
-    """The output layer of an `mlp`: two rows of weights, then two biases; empty for other forms."""
+    outputs: Float[Tensor, " output"] = field(default_factory=lambda: torch.zeros(1))
+    """`linear`: the logit of a response before its first token. `mlp`: two rows of weights, two biases, that logit.
+    Else empty.
+    """
 
     def __post_init__(self) -> None:
         if not self.sites or len(set(self.sites)) != len(self.sites):
@@ -65,6 +67,8 @@ class Head:
         """
         assert scale > 0 and math.isfinite(shift), "a calibration keeps the order"
         bias, weight, outputs = self.bias.clone(), self.weight.clone(), self.outputs.clone()
+        if which == "response" or self.form.shares:
+            outputs[-1:] = outputs[-1:] * scale + shift  # the prior, where there is one
         if self.form.kind == "mlp":
             row, width = int(which == "response"), self.form.width
             outputs[row * width : (row + 1) * width] *= scale

@@ -33,9 +33,9 @@ class Readout(nn.Module):
         self.form = form
         self.register_buffer("mean", mean)
         self.register_buffer("inverse_std", inverse_std)
-        size = 0.0 if form.kind == "linear" else len(mean) ** -0.5
+        size, size_of_outputs = (0.0, 0.0) if form.kind == "linear" else (len(mean) ** -0.5, form.width**-0.5)
         first = size * torch.randn(form.num_channels, len(mean), generator=generator)
-        outputs = max(1, form.width) ** -0.5 * torch.randn(form.num_outputs, generator=generator)
+        outputs = size_of_outputs * torch.randn(form.num_outputs, generator=generator)
         self.weight = nn.Parameter(first.repeat(num_candidates, 1, 1))
         self.bias = nn.Parameter(torch.zeros(num_candidates, form.num_channels))
         self.outputs = nn.Parameter(outputs.repeat(num_candidates, 1))

@@ -47,6 +47,8 @@ _KINDS = {
     "fpr_wordy_negatives": _Kind("Wordy negatives flagged", "lower"),
     "recall_wordless_positives": _Kind("Wordless positives caught", "higher"),
     "lexical_gap": _Kind("Swayed by words", "lower"),
+    "cost_over_judge": _Kind("FLOPs over the judge's", "lower", 6),
+    "tokens_over_judge": _Kind("Tokens read over the judge's", "lower"),
 }
 """In the order in which they are shown; others follow by name, with no better way."""
 
@@ -66,7 +68,7 @@ def figures_of(card: Card, metric: str) -> tuple[tuple[str, ...], tuple[Figure, 
     values: dict[str, dict[str, Measured]] = {}
     differences: dict[tuple[str, str], Measured] = {}
     for key, measured in _of(card.metrics, metric):
-        if found := re.fullmatch(r"(.+?)_minus_([^/]+)(.*)", key):
+        if found := re.fullmatch(r"(.+?)_minus_([^/@]+)(.*)", key):
             differences[found[1] + found[3], found[2]] = measured
         else:
             values.setdefault(key, {})["head"] = measured
@@ -107,11 +109,18 @@ def verdict_of(card: Card, metric: str) -> str:
 
 def _of(table: object, metric: str) -> list[tuple[str, Measured]]:
     assert isinstance(table, dict)
-    return [(key.removeprefix(f"{metric}/"), value) for key, value in table.items() if key.startswith(f"{metric}/")]
+    names = ((key.removeprefix(f"{metric}/"), value) for key, value in table.items() if key.startswith(f"{metric}/"))
+    return [(_here(name), value) for name, value in names]
+
+
+def _here(name: str) -> str:
+    """`elsewhere/SET/FIGURE` as `FIGURE@SET`, so that it stands beside the figure of the test; `/SCORER` stays last."""
+    found = re.fullmatch(r"elsewhere/([^/]+)/([^/]+)(/[^/]+)?", name)
+    return name if found is None else f"{found[2]}@{found[1]}{found[3] or ''}"
 
 
 def _base(figure: str) -> str:
-    return re.split("[/@]", figure, maxsplit=1)[0]
+    return figure.split("@")[0]
 
 
 def _figure(
@@ -119,7 +128,7 @@ def _figure(
 ) -> Figure:
     base = _base(name)
     kind = _KINDS.get(base, _Kind(base.replace("_", " "), ""))
-    set_name = name.removeprefix(base).lstrip("/@")
+    set_name = name.removeprefix(base).lstrip("@").replace("_", " ")
     best = None
     if kind.better and len(row) > 1:
         values = [round(measured.value, kind.decimals) for measured in row.values()]

@@ -18,6 +18,7 @@ from scipy.stats import beta
 from torch import Tensor
 
 from pilotfish.errors import SettingError, TextError
+from pilotfish.scores.reliability import expected_calibration_error
 
 _MIN_TOKENS = 1000
 """Isotonic regression overfits smaller samples (Niculescu-Mizil and Caruana 2005)."""
@@ -57,14 +58,23 @@ class Isotonic:
         return (value[right - 1] + share * rise).clamp(max=value[right]).to(logits.dtype)
 
 
+class HeldOut(NamedTuple):
+    """How good probabilities are on groups that their map was not fitted on."""
+
+    log_loss: float
+    """Mean, in nats a token."""
+    calibration_error: float
+    """`expected_calibration_error`, in [0, 1]."""
+
+
 class Calibration(NamedTuple):
     """What `choose_calibration` chose, and by what."""
 
     found: Platt | Isotonic
-    platt_loss: float
-    """Mean log loss on held-out groups, in nats a token; NaN where the sample was too small to compare."""
-    isotonic_loss: float
     reason: str
+    platt: HeldOut | None = None
+    """None where the sample was too small to compare."""
+    isotonic: HeldOut | None = None
 
 
 class Interval(NamedTuple):
@@ -157,16 +167,18 @@ def choose_calibration(
     names, owner = np.unique(np.array(groups), return_inverse=True)
     few = f"Platt: {len(y)} tokens of {len(names)} groups are too few to choose by"
     if len(y) < _MIN_TOKENS or len(names) < max(_MIN_GROUPS, num_folds):
-        return Calibration(platt(logits, labels), math.nan, math.nan, few)
+        return Calibration(platt(logits, labels), few)
     fold = _folds(names.tolist(), np.bincount(owner, weights=y), num_folds)[owner]
     if any(len(np.unique(y[fold != number] >= 0.5)) < 2 for number in range(num_folds)):
-        return Calibration(platt(logits, labels), math.nan, math.nan, f"{few}: one fold alone holds a label")
-    ours, theirs = (_held_out_loss(fit, torch.from_numpy(z), labels, fold) for fit in (platt, _bounded_isotonic))
+        return Calibration(platt(logits, labels), f"{few}: one fold alone holds a label")
+    said = [_held_out(fit, torch.from_numpy(z), labels, fold) for fit in (platt, _bounded_isotonic)]
+    ours, theirs = (_log_losses(p, torch.from_numpy(y)) for p in said)
     saved = np.bincount(owner, weights=ours - theirs)  # by the isotonic map, on each group
     is_better = bool(saved.sum() > _Z_95 * math.sqrt(len(saved)) * saved.std(ddof=1))
     found = _bounded_isotonic(logits, labels) if is_better else platt(logits, labels)
     reason = "isotonic: lower loss on held-out groups" if is_better else "Platt: isotonic is not shown to be better"
-    return Calibration(found, float(ours.mean()), float(theirs.mean()), reason)
+    errors = [expected_calibration_error(p, torch.from_numpy(y)) for p in said]
+    return Calibration(found, reason, HeldOut(float(ours.mean()), errors[0]), HeldOut(float(theirs.mean()), errors[1]))
 
 
 def clopper_pearson(k: int, n: int, level: float = 0.95) -> Interval:
@@ -270,15 +282,20 @@ def _bounded_isotonic(logits: Tensor, labels: Tensor) -> Isotonic:
     )
 
 
-def _held_out_loss(
+def _held_out(
     fit: Callable[[Tensor, Tensor], Platt | Isotonic], logits: Tensor, labels: Tensor, fold: Int[np.ndarray, " token"]
-) -> Float[np.ndarray, " token"]:
-    """Log loss of each token under the map that was fitted on the other folds, in nats."""
-    losses = np.empty(len(fold))
+) -> Float[Tensor, " token"]:
+    """The probability of each token under the map that was fitted on the other folds."""
+    said = torch.empty(len(fold), dtype=torch.float64)
     for number in np.unique(fold):
         others, these = torch.from_numpy(fold != number), torch.from_numpy(fold == number)
-        p, y = fit(logits[others], labels[others]).probability(logits[these]), labels[these].double()
-        losses[fold == number] = -(torch.xlogy(y, p) + torch.xlogy(1 - y, 1 - p)).numpy()
+        said[these] = fit(logits[others], labels[others]).probability(logits[these])
+    return said
+
+
+def _log_losses(p: Float[Tensor, " token"], y: Float[Tensor, " token"]) -> Float[np.ndarray, " token"]:
+    """In nats."""
+    losses: Float[np.ndarray, " token"] = -(torch.xlogy(y, p) + torch.xlogy(1 - y, 1 - p)).numpy()
     return losses
 
 

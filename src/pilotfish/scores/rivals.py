@@ -1,14 +1,16 @@
-"""Prepared texts and a reader in; what everything that a head must beat says of the test texts out."""
+"""Prepared texts and a reader in; what everything that a head must beat says of other texts out."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pilotfish.errors import SettingError
 from pilotfish.models import LoadedModel
 from pilotfish.runs import generator
 from pilotfish.scores.baselines import response_length, response_words, token_words
@@ -21,14 +23,22 @@ from pilotfish.scores.scored import ScoredText
 logger = logging.getLogger(__name__)
 
 Texts = Mapping[str, Sequence[Text]]
+"""By part: `train`, `validation`, `test`, and others."""
+ScoredParts = dict[str, list[ScoredText]]
+"""What one scorer says, by part; always of `test`."""
+
+RIVALS = ("words", "length", "judge", "classifier", "target")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RivalConfig:
     names: tuple[str, ...] = ("words", "length", "judge", "classifier")
     """`words`: TF-IDF with logistic regression. `length`: the number of tokens. `judge`: the reader itself, asked.
-    `classifier`: the reader's last block, fine-tuned. The first two need the extra `evaluate`.
+    `classifier`: the reader's last block, fine-tuned. `target`: the same head on a bigger model, which reads all texts
+    for it. The first two need the extra `evaluate`.
     """
+    target: str | None = None
+    """The bigger model, for the rival of that name; it must share the reader's vocabulary."""
     question: str | None = None
     """For the judge: a sentence that a yes answers when the property holds; None asks what is known for the metric."""
     num_judged: int = 200
@@ -39,64 +49,93 @@ class RivalConfig:
         default_factory=lambda: ClassifierConfig(num_blocks=1, max_tokens=128, max_steps=120, evaluate_every=40)
     )
 
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.names if name not in RIVALS]:
+            raise SettingError(f"rival {unknown[0]!r} is unknown; use {', '.join(RIVALS)}")
+        if ("target" in self.names) != (self.target is not None):
+            raise SettingError(
+                f"rivals are {', '.join(self.names) or 'none'} and the target is {self.target}; the rival `target` "
+                "needs the name of a bigger model, and nothing else does"
+            )
 
-def rivals(
-    texts: Texts, reader: LoadedModel, *, metric: str, config: RivalConfig, seed: int
-) -> dict[str, list[ScoredText]]:
-    """By name; those that the labels do not allow are left out and logged."""
-    makers: dict[str, Callable[[], list[ScoredText]]] = {
-        "words": lambda: _words(texts, seed),
-        "length": lambda: _length(texts),
-        "judge": lambda: _judge(texts, reader, metric, config, seed),
-        "classifier": lambda: _classifier(texts, reader, config, seed),
+
+class Rivals(NamedTuple):
+    scored: dict[str, ScoredParts]
+    """By name."""
+    judge_tokens: dict[str, int]
+    """How many the judge read for each text that it saw, its question included."""
+
+
+def rivals(texts: Texts, reader: LoadedModel, *, metric: str, config: RivalConfig, seed: int) -> Rivals:
+    """All but `target`, which the recipe makes as it makes the head; those that the labels do not allow are
+    left out and logged. Words and length score all parts but `train` and `benign`, the others the test alone.
+    """
+    parts = [name for name in texts if name not in ("train", "benign")]
+    makers: dict[str, Callable[[], ScoredParts]] = {
+        "words": lambda: _words(texts, parts, seed),
+        "length": lambda: _length(texts, parts),
+        "classifier": lambda: {"test": _classifier(texts, reader, config, seed)},
     }
     can_learn = all(has_both_labels(response_labels(texts[name])) for name in ("train", "validation"))
-    found = {}
+    found: dict[str, ScoredParts] = {}
+    judge_tokens: dict[str, int] = {}
     for name in config.names:
         if name in ("length", "classifier") and not can_learn:
             logger.warning("the baseline %s is left out: the responses of some split have one label only", name)
-        else:
+        elif name == "judge":
+            found[name], judge_tokens = _judge(texts, reader, metric, config, seed)
+        elif name in makers:
             found[name] = makers[name]()
-    return found
+    return Rivals(found, judge_tokens)
 
 
-def _words(texts: Texts, seed: int) -> list[ScoredText]:
+def _words(texts: Texts, parts: Sequence[str], seed: int) -> ScoredParts:
     """Tokens by the characters before them, responses by all their words; one of the two where the other has no labels:
     a response then scores what its highest token scores.
     """
-    train, test = ([text.tokens for text in texts[name]] for name in ("train", "test"))
+    judged = [text for part in parts for text in texts[part]]
+    train, others = [text.tokens for text in texts["train"]], [text.tokens for text in judged]
     labels = [text.labels for text in texts["train"]]
-    tokens: Sequence[Tensor | None] = [None] * len(test)
+    tokens: Sequence[Tensor | None] = [None] * len(judged)
     if has_both_labels(torch.cat(labels)):
-        tokens = token_words(train, labels, test, generator=generator(seed, "baseline"))
+        tokens = token_words(train, labels, others, generator=generator(seed, "baseline"))
     responses = response_labels(texts["train"])
     if has_both_labels(responses):
-        words = response_words(train, responses, test).tolist()
+        words = response_words(train, responses, others).tolist()
     else:  # then tokens have, or there would have been no fit
-        pairs = zip(tokens, texts["test"], strict=True)
+        pairs = zip(tokens, judged, strict=True)
         words = [float(row[text.is_response].max()) for row, text in pairs if row is not None]
-    return [scored(*each) for each in zip(texts["test"], words, tokens, strict=True)]
+    return _by_part(texts, parts, [scored(*each) for each in zip(judged, words, tokens, strict=True)])
 
 
-def _length(texts: Texts) -> list[ScoredText]:
-    train, test = ([text.tokens for text in texts[name]] for name in ("train", "test"))
-    lengths = response_length(train, response_labels(texts["train"]), test).tolist()
-    return [scored(*each) for each in zip(texts["test"], lengths, strict=True)]
+def _length(texts: Texts, parts: Sequence[str]) -> ScoredParts:
+    judged = [text for part in parts for text in texts[part]]
+    train = [text.tokens for text in texts["train"]]
+    lengths = response_length(train, response_labels(texts["train"]), [text.tokens for text in judged]).tolist()
+    return _by_part(texts, parts, [scored(*each) for each in zip(judged, lengths, strict=True)])
 
 
-def _judge(texts: Texts, reader: LoadedModel, metric: str, config: RivalConfig, seed: int) -> list[ScoredText]:
-    chosen = _drawn(texts["test"], config.num_judged, seed)
+def _by_part(texts: Texts, parts: Sequence[str], found: Sequence[ScoredText]) -> ScoredParts:
+    rest = iter(found)
+    return {part: [next(rest) for _ in texts[part]] for part in parts}
+
+
+def _judge(
+    texts: Texts, reader: LoadedModel, metric: str, config: RivalConfig, seed: int
+) -> tuple[ScoredParts, dict[str, int]]:
+    chosen = drawn(texts["test"], config.num_judged, seed)
     question = config.question or QUESTIONS.get(metric) or f"Does this hold of the text: {metric.replace('_', ' ')}?"
     longest = min(1024, reader.model.config.max_position_embeddings // 2)  # the question needs room too
     found = judge_responses(reader, [text.conversation for text in chosen], question, max_tokens=longest)
-    return [scored(*each) for each in zip(chosen, found.scores.tolist(), strict=True)]
+    judged = [scored(*each) for each in zip(chosen, found.scores.tolist(), strict=True)]
+    return {"test": judged}, dict(zip((text.id for text in judged), found.num_tokens.tolist(), strict=True))
 
 
 def _classifier(texts: Texts, reader: LoadedModel, config: RivalConfig, seed: int) -> list[ScoredText]:
     chosen = {
-        "train": _drawn(texts["train"], config.num_train, seed),
-        "validation": _drawn(texts["validation"], config.num_judged, seed),
-        "test": _drawn(texts["test"], config.num_judged, seed),
+        "train": drawn(texts["train"], config.num_train, seed),
+        "validation": drawn(texts["validation"], config.num_judged, seed),
+        "test": drawn(texts["test"], config.num_judged, seed),
     }
     train, validation = (
         LabelledTexts([text.conversation for text in chosen[name]], response_labels(chosen[name]))
@@ -113,7 +152,7 @@ def _classifier(texts: Texts, reader: LoadedModel, config: RivalConfig, seed: in
     return [scored(*each) for each in zip(chosen["test"], scores.tolist(), strict=True)]
 
 
-def _drawn(texts: Sequence[Text], count: int, seed: int) -> list[Text]:
+def drawn(texts: Sequence[Text], count: int, seed: int) -> list[Text]:
     """So many, the same for every rival, in the order given."""
     order = torch.randperm(len(texts), generator=generator(seed, "rivals"))[:count]
     return [texts[index] for index in order.sort().values.tolist()]

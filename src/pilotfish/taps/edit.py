@@ -1,12 +1,13 @@
-"""A model and edits in; a model whose activations are written at chosen sites, phases, positions and rows, out.
+"""A model and edits in; a model whose activations are written at chosen sites, phases, positions, rows and gates, out.
 
-An edit never writes in place: what a tap or the autograd graph holds of the activation before it stays as it was.
+An edit never writes in place: what a tap or the autograd graph holds of the activation before it stays as it was. What
+it does to a token depends on that token's activations, place and row alone; so a text comes out the same with a cache
+or without, however it is cut into passes, and after drafted tokens are rolled back.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,96 +22,15 @@ from transformers import PreTrainedModel
 from pilotfish.core import Site
 from pilotfish.errors import SettingError
 from pilotfish.models import site_module
+from pilotfish.taps.gate import Gate, GateReader, ProjectionGate, comes_before
 from pilotfish.taps.hook import hook
+from pilotfish.taps.ops import Detach, Op, vector_of
 
 Phase = Literal["prompt", "generation", "both"]
 
 Hidden = Float[Tensor, "batch token hidden"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Add:
-    """Adds `scale * vector`. With scale 0 the activation keeps its very bits."""
-
-    vector: Float[Tensor, " hidden"]
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_vector("Add", self.vector)
-        _check_finite("Add.scale", self.scale)
-
-    def apply(self, hidden: Hidden) -> Hidden:
-        return hidden if self.scale == 0 else torch.add(hidden, self.vector, alpha=self.scale)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Ablate:
-    """Takes out the component along `direction`, whose length does not matter."""
-
-    direction: Float[Tensor, " hidden"]
-
-    def __post_init__(self) -> None:
-        _check_vector("Ablate", self.direction)
-        if not 0.0 < float(self.direction.detach().float().norm()) < math.inf:
-            raise SettingError("Ablate got a direction of length 0 or infinity; give one of about unit length")
-
-    def apply(self, hidden: Hidden) -> Hidden:
-        precise = torch.promote_types(hidden.dtype, torch.float32)
-        unit = nn.functional.normalize(self.direction.to(precise), dim=0, eps=0.0)
-        values = hidden.to(precise)
-        return values - (values @ unit).unsqueeze(-1) * unit
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Replace:
-    """Puts `vector` where the activation was."""
-
-    vector: Float[Tensor, " hidden"]
-
-    def __post_init__(self) -> None:
-        _check_vector("Replace", self.vector)
-
-    def apply(self, hidden: Hidden) -> Hidden:
-        return self.vector.expand_as(hidden)
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """Multiplies by `factor`."""
-
-    factor: float
-
-    def __post_init__(self) -> None:
-        _check_finite("Scale.factor", self.factor)
-
-    def apply(self, hidden: Hidden) -> Hidden:
-        return hidden * self.factor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Detach:
-    """Lets the value through and no gradient back."""
-
-    mask: Bool[Tensor, ...] | None = None
-    """Where to cut; everywhere by default. Any shape that broadcasts to *batch token hidden*: `hidden` for some
-    dimensions, `batch token 1` for some tokens."""
-
-    def __post_init__(self) -> None:
-        if self.mask is not None and self.mask.dtype != torch.bool:
-            raise SettingError(f"Detach got a mask of {self.mask.dtype}; give torch.bool, True where gradients are cut")
-
-    def apply(self, hidden: Hidden) -> Hidden:
-        if self.mask is None:
-            return hidden.detach()
-        if not _broadcasts(self.mask.shape, hidden.shape):
-            raise SettingError(
-                f"Detach got a mask of shape {tuple(self.mask.shape)}, but this pass has (batch, token, hidden) = "
-                f"{tuple(hidden.shape)}; give one that broadcasts to that, for example (hidden,) or (batch, token, 1)"
-            )
-        return torch.where(self.mask, hidden.detach(), hidden)
-
-
-Op = Add | Ablate | Replace | Scale | Detach
+Chosen = Bool[Tensor, "#batch #token"] | bool
+"""Tokens of a pass; True and False stand for all and none, so that the common cases need no mask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,13 +38,17 @@ class When:
     """The tokens that an edit applies to; by default all."""
 
     phase: Phase = "both"
-    """The prompt is the pass that begins without a cache, generation every pass after it. Without a cache every pass is
-    prompt; give `edited` a `prompt_length` there, and where a prompt comes in chunks or on top of a cache."""
+    """The prompt is the pass that begins without a cache, generation every pass after it. Give `edited` a
+    `prompt_length` where that does not hold: without a cache, where a prompt comes in chunks or on top of a cache, and
+    under speculation (assisted decoding), whose first pass holds drafted tokens beside the prompt."""
     positions: tuple[int, int] | None = None
     """Half-open range of tokens. Counted in each row from its first token that is not padding, those in the cache
     included."""
     rows: tuple[int, ...] | None = None
-    """Rows of the batch as the model sees it (beams are rows)."""
+    """Rows of the batch as the model sees it. Beams are rows, those of one prompt side by side; name all of a prompt's
+    or none, since a beam may go on from another's row."""
+    gate: Gate | None = None
+    """Only tokens at which it opens."""
 
     def __post_init__(self) -> None:
         if self.phase not in get_args(Phase):
@@ -147,7 +71,9 @@ class Edit:
 
 
 @contextmanager
-def edited(model: PreTrainedModel, edits: Sequence[Edit], *, prompt_length: int | None = None) -> Iterator[None]:
+def edited(
+    model: PreTrainedModel, edits: Sequence[Edit], *, prompt_length: int | Sequence[int] | None = None
+) -> Iterator[None]:
     """Writes activations in every forward pass inside the block, in the order given; however it ends, no hook outlives
     it.
 
@@ -155,35 +81,38 @@ def edited(model: PreTrainedModel, edits: Sequence[Edit], *, prompt_length: int 
     checkpointing, call `backward` inside the block too: it runs the blocks again.
 
     Args:
-        prompt_length: Tokens of the prompt as it stands in the batch, padding included; says where generation begins
-            instead of the cache.
+        prompt_length: Columns of the batch up to the end of the prompt, padding on the left included; says where
+            generation begins instead of the cache. One number for all rows, or one for each.
 
     Raises:
-        SettingError: a layer that is not there, a vector of the wrong width, dtype or device; inside the block, from
-            the forward pass: a row that the batch lacks, a mask that does not fit.
+        SettingError: a layer that is not there, a vector of the wrong width, dtype or device, a gate that reads deeper
+            than its edit writes; inside the block, from the forward pass: a row that the batch lacks, a mask that does
+            not fit, lengths for another number of rows.
         UnknownFamily: the model has no row in the family table.
     """
-    if prompt_length is not None and prompt_length < 1:
-        raise SettingError(f"prompt_length {prompt_length} is too small; give 1 or more tokens, or None")
+    call = _Call(model.base_model, _lengths(prompt_length))
     modules = [site_module(model, edit.site) for edit in edits]
     for edit, module in zip(edits, modules, strict=True):
         _check_fits(edit, model, next(module.parameters()).device)
-    call = _Call(model.base_model, prompt_length)
+    gates = [edit.when.gate for edit in edits if edit.when.gate is not None]
+    reader = GateReader()
     with ExitStack() as hooks:
         # The base model is what every call goes through, with or without the output layer.
         before = model.base_model.register_forward_pre_hook(call.read, with_kwargs=True)
         hooks.callback(before.remove)
+        for site in dict.fromkeys(site for gate in gates for site in gate.sites):
+            hooks.callback(hook(site_module(model, site), site, partial(reader.keep, site)).remove)
         for edit, module in zip(edits, modules, strict=True):
-            hooks.callback(hook(module, edit.site, partial(_write, edit, call)).remove)
+            hooks.callback(hook(module, edit.site, _Writer(edit, call, reader, model.dtype)).remove)
         yield
 
 
 class _Call:
     """What the model's caller says of the new tokens: how many are cached before them, and which are padding."""
 
-    def __init__(self, model: nn.Module, prompt_length: int | None) -> None:
+    def __init__(self, model: nn.Module, prompt_lengths: tuple[int, ...] | None) -> None:
         self._signature = inspect.signature(model.forward)
-        self._prompt_length = prompt_length
+        self._lengths = prompt_lengths
         self._num_cached = 0
         self._attention_mask: Any = None
 
@@ -193,13 +122,24 @@ class _Call:
         self._num_cached = 0 if cache is None else int(cache.get_seq_length())
         self._attention_mask = given.get("attention_mask")
 
-    def columns(self, phase: Phase, num_new: int) -> range:
+    def of_phase(self, phase: Phase, hidden: Hidden) -> Chosen:
         """The new tokens that belong to a phase."""
-        if self._prompt_length is not None:
-            split = min(max(self._prompt_length - self._num_cached, 0), num_new)
-        else:
-            split = num_new if self._num_cached == 0 else 0
-        return {"prompt": range(split), "generation": range(split, num_new), "both": range(num_new)}[phase]
+        if phase == "both":
+            return True
+        batch, num_new, _ = hidden.shape
+        first, end = self._num_cached, self._num_cached + num_new
+        if self._lengths is None:
+            return (first == 0) == (phase == "prompt")
+        if len(self._lengths) not in (1, batch):
+            raise SettingError(
+                f"prompt_length has {len(self._lengths)} numbers, but this pass has {batch} rows; give one a row "
+                "(beams are rows), or one for all"
+            )
+        if end <= min(self._lengths) or first >= max(self._lengths):
+            return (end <= min(self._lengths)) == (phase == "prompt")
+        columns = torch.arange(first, end, device=hidden.device)
+        in_prompt = columns < torch.tensor(self._lengths, device=hidden.device).unsqueeze(-1)
+        return in_prompt if phase == "prompt" else ~in_prompt
 
     def positions(self, num_new: int, device: torch.device) -> Int[Tensor, "#batch token"]:
         """Each new token's place in its row, padding not counted; -1 for padding."""
@@ -217,58 +157,78 @@ class _Call:
         return (is_text.cumsum(-1) - 1).masked_fill(~is_text, -1)[:, self._num_cached :]
 
 
-def _write(edit: Edit, call: _Call, hidden: Hidden) -> Hidden:
-    when = edit.when
-    batch, num_new, _ = hidden.shape
-    columns = call.columns(when.phase, num_new)
-    if when.rows is not None and max(when.rows) >= batch:
-        raise SettingError(f"rows {when.rows} of the edit at {edit.site} are outside the batch: it has {batch}")
-    if not columns:
-        return hidden
-    written = edit.op.apply(hidden).to(hidden.dtype)  # autocast may hand on another dtype than the vector's
-    if when.rows is None and when.positions is None and len(columns) == num_new:
-        return written
-    chosen = torch.zeros(batch, num_new, dtype=torch.bool, device=hidden.device)
-    chosen[slice(None) if when.rows is None else list(when.rows), columns.start : columns.stop] = True
-    if when.positions is not None:
-        positions = call.positions(num_new, hidden.device)
-        chosen &= (positions >= when.positions[0]) & (positions < when.positions[1])
-    return torch.where(chosen.unsqueeze(-1), written, hidden)
+class _Writer:
+    """One edit in the passes of one block."""
+
+    def __init__(self, edit: Edit, call: _Call, reader: GateReader, dtype: torch.dtype) -> None:
+        self._edit, self._call, self._reader = edit, call, reader
+        vector = vector_of(edit.op)
+        is_trained = vector is not None and vector.requires_grad  # each pass then has its own graph
+        self._prepared = None if is_trained else edit.op.prepared(dtype)
+        self._dtype = dtype
+
+    def __call__(self, hidden: Hidden) -> Hidden:
+        chosen = self._chosen(hidden)
+        if chosen is False:
+            return hidden
+        # Autocast may hand on another dtype than the model's.
+        prepared = self._prepared if hidden.dtype == self._dtype else None
+        apply = prepared or self._edit.op.apply
+        written = apply(hidden).to(hidden.dtype)
+        return written if chosen is True else torch.where(chosen.unsqueeze(-1), written, hidden)
+
+    def _chosen(self, hidden: Hidden) -> Chosen:
+        when, (batch, num_new, _) = self._edit.when, hidden.shape
+        if when.rows is not None and max(when.rows) >= batch:
+            raise SettingError(
+                f"rows {when.rows} of the edit at {self._edit.site} are outside the batch: it has {batch}"
+            )
+        chosen = self._call.of_phase(when.phase, hidden)
+        if chosen is False:
+            return False
+        if when.rows is not None:
+            rows = torch.zeros(batch, 1, dtype=torch.bool, device=hidden.device)
+            rows[list(when.rows)] = True
+            chosen = rows & chosen
+        if when.positions is not None:
+            positions = self._call.positions(num_new, hidden.device)
+            chosen = chosen & ((positions >= when.positions[0]) & (positions < when.positions[1]))
+        return chosen if when.gate is None else chosen & self._reader.opens(when.gate)
+
+
+def _lengths(given: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    lengths = (given,) if isinstance(given, int) else tuple(given)
+    if not lengths or min(lengths) < 1:
+        raise SettingError(f"prompt_length {given} is too small; give 1 or more tokens (for each row), or None")
+    return lengths
 
 
 def _check_fits(edit: Edit, model: PreTrainedModel, device: torch.device) -> None:
-    match edit.op:
-        case Add(vector=vector) | Replace(vector=vector) | Ablate(direction=vector):
-            given = (tuple(vector.shape), vector.dtype, vector.device)
-            needed = ((model.config.hidden_size,), model.dtype, device)
-            if given != needed:
-                raise SettingError(
-                    f"{type(edit.op).__name__} at {edit.site} got a vector of shape, dtype and device {given}; the "
-                    f"model has {needed} there. Make one of that width, and move it with .to(device, dtype)"
-                )
-        case Detach(mask=Tensor(device=other)) if other != device:
+    vector, gate = vector_of(edit.op), edit.when.gate
+    if vector is not None:
+        given = (tuple(vector.shape), vector.dtype, vector.device)
+        needed = ((model.config.hidden_size,), model.dtype, device)
+        if given != needed:
             raise SettingError(
-                f"Detach at {edit.site} got a mask on {other}; the model is on {device}. Use .to({device})"
+                f"{type(edit.op).__name__} at {edit.site} got a vector of shape, dtype and device {given}; the "
+                f"model has {needed} there. Make one of that width, and move it with .to(device, dtype)"
             )
-
-
-def _check_vector(op: str, vector: Tensor) -> None:
-    if vector.ndim != 1 or not vector.is_floating_point():
+    if isinstance(edit.op, Detach) and edit.op.mask is not None and edit.op.mask.device != device:
         raise SettingError(
-            f"{op} got a tensor of shape {tuple(vector.shape)} and {vector.dtype}; give one vector of floats, (hidden,)"
+            f"Detach at {edit.site} got a mask on {edit.op.mask.device}; the model is on {device}. Use .to({device})"
         )
-    if not vector.isfinite().all():
+    if gate is None:
+        return
+    deeper = [site for site in gate.sites if not comes_before(site, edit.site)]
+    if deeper or not gate.sites:
         raise SettingError(
-            f"{op} got a vector with NaN or infinity, which would spread to every later token; give finite numbers"
+            f"the gate of the edit at {edit.site} reads {', '.join(map(str, deeper)) or 'no site'}, which a pass "
+            "reaches only later; give a gate on that site or an earlier one"
         )
-
-
-def _check_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise SettingError(f"{name} is {value}; give a finite number")
-
-
-def _broadcasts(small: Sequence[int], large: Sequence[int]) -> bool:
-    """Whether a tensor of shape `small` stretches to `large` without stretching `large`."""
-    pairs = zip(reversed(small), reversed(large), strict=False)
-    return len(small) <= len(large) and all(mine in (1, other) for mine, other in pairs)
+    if isinstance(gate, ProjectionGate) and gate.direction.shape != (model.config.hidden_size,):
+        raise SettingError(
+            f"the gate of the edit at {edit.site} has a direction of {len(gate.direction)} numbers; the model has "
+            f"{model.config.hidden_size} there"
+        )

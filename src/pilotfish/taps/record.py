@@ -69,22 +69,30 @@ class Recording:
         Raises:
             ArtefactError: there is no recording, it is unfinished, or a file of it is damaged.
         """
-        index = _read_index(folder)
-        recording = cls(
-            folder,
-            tuple(Site.parse(site) for site in index["settings"]["sites"]),
-            {row: _Place(*place) for row, place in index["rows"].items()},
-        )
-        missing = [i for i in range(recording.num_shards) if not _sidecar(_shard_path(folder, i)).exists()]
-        if missing:
+        recording = cls._described(folder)
+        if missing := recording._num_missing():
             raise ArtefactError(
-                f"the recording in {folder} is unfinished: {len(missing)} of {recording.num_shards} shards are "
-                f"missing; run the same command again, it goes on from there"
+                f"the recording in {folder} is unfinished: {missing} of {recording.num_shards} shards are missing; run "
+                "the same command again, it goes on from there"
             )
         for shard in range(recording.num_shards):
             with _opened(_shard_path(folder, shard)):
                 pass
         return recording
+
+    @classmethod
+    def is_finished(cls, folder: Path) -> bool:
+        """Whether every shard of a recording was written; `open` says whether they are whole."""
+        return not cls._described(folder)._num_missing()
+
+    @classmethod
+    def _described(cls, folder: Path) -> Recording:
+        index = _read_index(folder)
+        places = {row: _Place(*place) for row, place in index["rows"].items()}
+        return cls(folder, tuple(map(Site.parse, index["settings"]["sites"])), places)
+
+    def _num_missing(self) -> int:
+        return sum(not _sidecar(_shard_path(self.folder, shard)).exists() for shard in range(self.num_shards))
 
     @property
     def num_shards(self) -> int:

@@ -14,10 +14,18 @@ from pilotfish.texts.injection import AttackSplit, injection_class, read_bipia, 
 from pilotfish.texts.labelling import Judged, Labelling, judge_passages, labelled
 from pilotfish.texts.readers import read_cyberseceval, read_sven
 from pilotfish.texts.splits import apart_from, check_leak, split
+from pilotfish.texts.steering_sets import (
+    Contrast,
+    read_actadd_essays,
+    read_anthropic_evals,
+    read_contrasts,
+    read_repe_facts,
+)
 from pilotfish.texts.tokens import Encoded, Rendered, TokenizedText, encode, render, tokenize
 
 __all__ = [
     "AttackSplit",
+    "Contrast",
     "Encoded",
     "Endpoint",
     "Judged",
@@ -30,13 +38,17 @@ __all__ = [
     "injection_class",
     "judge_passages",
     "labelled",
+    "read_actadd_essays",
+    "read_anthropic_evals",
     "read_bipia",
+    "read_contrasts",
     "read_cyberseceval",
     "read_halueval",
     "read_halueval_benign",
     "read_jsonl",
     "read_liedetector",
     "read_mitre_frr",
+    "read_repe_facts",
     "read_sven",
     "read_toxic_spans",
     "read_xstest",

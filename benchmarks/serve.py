@@ -1,0 +1,329 @@
+"""What the server costs over its engine, and whether a kill loses alerts.
+
+    python benchmarks/serve.py [--quick] [--seed 0] [--json PATH] [--pair demo:qwen-coder] [--kills 50]
+
+Overhead: the same prompts, greedy, to the same number of tokens, through the engine alone and through the server, in
+turn; a client in a process of its own. Kills: a server with a tiny pair under load is ended by SIGKILL at random
+moments, on SQLite and, where it is installed, on PostgreSQL. Takes about 40 minutes on two cores, `--quick` about a
+minute (the small demo model, three kills).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import torch
+
+from pilotfish.actions import Policy, Rule
+from pilotfish.cli.terminal import quieten_transformers, table
+from pilotfish.engines import EmbeddedEngine, Request, TokenEvent
+from pilotfish.engines.tax import CODE_PROMPTS, PROSE_PROMPTS, Ratio, Timing, random_bank, ratio
+from pilotfish.models import load_pair, tiny_pair
+from pilotfish.runs import generator, run_card, write_json
+from pilotfish.server import EmbeddedBackend, Retrying, ServerSettings, Service, Store, WebhookSink, make_server
+
+STREAMS = (1, 8)
+PROMPTS = (*CODE_PROMPTS, *PROSE_PROMPTS)
+SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo="
+FLAG = Policy(rules=(Rule(metric="random_0", threshold=0.0, scope="answer"),), hold=True)
+SEEN_S = 30.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--pair")
+    parser.add_argument("--kills", type=int)
+    parser.add_argument("--client", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.client is not None:
+        _client(args.client)
+        return
+    quieten_transformers()
+    num_kills = args.kills if args.kills is not None else 3 if args.quick else 50
+    # First the kills: their servers are forked, which wants a process without threads.
+    found = [_kills(kind, num_kills, args.seed) for kind in ("sqlite", "postgresql")]
+    targets, rows = [each for each in found if each is not None], []
+    pair_name = args.pair or ("demo:smollm2" if args.quick else "demo:qwen-coder")
+    num_pairs, num_tokens = (4, 24) if args.quick else (20, 48)
+    for streams, alone, served in _overheads(pair_name, num_pairs, num_tokens, args.seed):
+        random = generator(args.seed, f"overhead {streams}")
+        speed, speed_cpu = (ratio(alone, served, generator=random, cpu=cpu) for cpu in (False, True))
+        extra = [1e6 * (s.cpu_s / s.num_tokens - a.cpu_s / a.num_tokens) for a, s in zip(alone, served, strict=True)]
+        row = {"streams": streams, "speed": speed._asdict(), "speed_cpu": speed_cpu._asdict()}
+        rows.append({**row, "cpu_us_per_token": median(extra)})
+        low, high = 1 - speed.high, 1 - speed.low
+        named = {"name": f"server overhead at {streams} streams, share of tokens/s", "value": 1 - speed.value}
+        targets.append({**named, "low": low, "high": high, "target": "<= 0.03", "met": 1 - speed.value <= 0.03})
+    if args.json is not None:
+        settings = {"quick": args.quick, "pair": pair_name, "kills": num_kills, "num_pairs": num_pairs}
+        write_json(
+            args.json, {"targets": targets, "rows": rows, "card": run_card("benchmarks/serve.py", settings, args.seed)}
+        )
+    cells = [
+        [
+            str(row["streams"]),
+            str(Ratio(**row["speed"])),
+            str(Ratio(**row["speed_cpu"])),
+            f"{row['cpu_us_per_token']:.0f}",
+        ]
+        for row in rows
+    ]
+    columns = [f"streams of {pair_name}", "speed over the engine's", "in CPU time", "CPU µs a token more"]
+    print(table(columns, cells) + "\n")
+    cells = [
+        [
+            t["name"],
+            f"{t['value']:.4f} [{t['low']:.4f}, {t['high']:.4f}]",
+            t["target"],
+            "met" if t["met"] else "NOT met",
+        ]
+        for t in targets
+    ]
+    print(table(["target", "found", "asked", ""], cells))
+
+
+# Overhead.
+
+
+def _overheads(
+    pair_name: str, num_pairs: int, num_tokens: int, seed: int
+) -> Iterator[tuple[int, list[Timing], list[Timing]]]:
+    """Per number of streams, repetitions through the engine alone and through the server; the first is left out."""
+    pair = load_pair(pair_name)
+    bank = random_bank(pair, num_heads=8, num_sites=3, generator=generator(seed, "heads"))
+    engine = EmbeddedEngine(pair, [bank])
+    policy = Policy(hold=True)
+    with _served(engine, policy) as url, _client_process(url) as ask:
+        model = pair.target_identity.name
+        for streams in STREAMS:
+            alone, served = [], []
+            for number in range(num_pairs + 1):
+                prompts = [PROMPTS[(number + i) % len(PROMPTS)] for i in range(streams)]
+                arms = [
+                    (alone, lambda prompts=prompts: _alone(engine, prompts, num_tokens, policy)),
+                    (served, lambda prompts=prompts: ask(model, prompts, num_tokens)),
+                ]
+                for timings, run in arms if number % 2 else arms[::-1]:
+                    started, cpu = time.perf_counter(), time.process_time()
+                    count = run()
+                    timings.append(Timing(time.perf_counter() - started, time.process_time() - cpu, count))
+            yield streams, alone[1:], served[1:]
+
+
+def _alone(engine: EmbeddedEngine, prompts: Sequence[str], num_tokens: int, policy: Policy) -> int:
+    """The engine with the server's turns and nothing else; returns the tokens."""
+    streams = [engine.stream(prompt, Request(max_new_tokens=num_tokens, policy=policy)) for prompt in prompts]
+    running = list(streams)
+    while running:
+        for stream in tuple(running):
+            if not any(isinstance(event, TokenEvent) for event in stream):
+                running.remove(stream)
+    return sum(len(stream.generation.committed) for stream in streams)
+
+
+@contextmanager
+def _served(engine: EmbeddedEngine, policy: Policy) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(f"sqlite:///{folder}/store.db")
+        settings = ServerSettings(port=0, requests_per_minute=1_000_000)
+        service = Service(EmbeddedBackend(engine), store, settings, policy=policy)
+        urls: list[str] = []
+        started = threading.Event()
+        server = make_server(service, lambda url: (urls.append(url), started.set())[-1])
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        started.wait(60)
+        try:
+            yield urls[0]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextmanager
+def _client_process(url: str) -> Iterator[Any]:
+    """A client that is asked over its standard input, so that its work is not the server's."""
+    command = [sys.executable, __file__, "--client", url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+
+        def ask(model: str, prompts: Sequence[str], num_tokens: int) -> int:
+            process.stdin.write(json.dumps([model, list(prompts), num_tokens]) + "\n")
+            return int(process.stdout.readline())
+
+        yield ask
+        process.stdin.close()
+
+
+def _client(url: str) -> None:
+    with httpx.Client(base_url=url, timeout=600) as http, ThreadPoolExecutor(max(STREAMS)) as pool:
+        for line in sys.stdin:
+            model, prompts, num_tokens = json.loads(line)
+
+            def ask(prompt: str, model: str = model, num_tokens: int = num_tokens) -> int:
+                body = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": num_tokens}
+                body |= {"temperature": 0, "stream": True, "monitor": {}, "stream_options": {"include_usage": True}}
+                last = ""
+                with http.stream("POST", "/v1/chat/completions", json=body) as reply:
+                    for each in reply.iter_lines():
+                        last = each if "usage" in each else last
+                return int(json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"])
+
+            print(sum(pool.map(ask, prompts)), flush=True)
+
+
+# Kills.
+
+
+def _kills(kind: str, num_kills: int, seed: int) -> dict[str, Any] | None:
+    """Kills a server again and again; how many alerts that a client knows of are lost, doubled or undelivered."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        store_url = f"sqlite:///{folder / 'store.db'}" if kind == "sqlite" else stack.enter_context(_postgres())
+        if store_url is None:
+            print("no PostgreSQL server here: its kills are left out", file=sys.stderr)
+            return None
+        pair = tiny_pair(seed=seed)
+        engine = EmbeddedEngine(pair, [random_bank(pair, num_heads=2, num_sites=2, generator=generator(seed, "bank"))])
+        hook, delivered = stack.enter_context(_hook())
+        moments = generator(seed, f"kills {kind}")
+        seen: set[str] = set()
+        for number in range(num_kills + 1):
+            is_last = number == num_kills
+            _one_life(engine, store_url, hook, folder / f"url{number}", seen, None if is_last else moments, delivered)
+        store = Store(store_url)
+        alerts = store.alerts(limit=1_000_000)
+        store.close()
+    stored = [alert["exchange_id"] for alert in alerts]
+    ids = {alert["exchange_id"]: alert["id"] for alert in alerts}
+    lost = len(seen - set(stored))
+    doubled = len(stored) - len(set(stored))
+    undelivered = sum(ids[each] not in delivered for each in seen & set(stored))
+    wrong = float(lost + doubled + undelivered)
+    name = f"{num_kills} kills on {kind}: alerts lost, doubled or undelivered, of {len(seen)}"
+    return {"name": name, "value": wrong, "low": wrong, "high": wrong, "target": "0", "met": wrong == 0 and bool(seen)}
+
+
+def _one_life(
+    engine: EmbeddedEngine,
+    store_url: str,
+    hook: str,
+    note: Path,
+    seen: set[str],
+    moments: torch.Generator | None,
+    delivered: set[str],
+) -> None:
+    """From start to kill under load; without `moments`, until all alerts are delivered."""
+    child = os.fork()
+    if not child:
+        try:
+            store = Store(store_url, sinks=["webhook"])
+            settings = ServerSettings(port=0, retrying=Retrying(poll_s=0.1, lease_s=5.0), requests_per_minute=1_000_000)
+            service = Service(EmbeddedBackend(engine), store, settings, policy=FLAG, sinks=[WebhookSink(hook, SECRET)])
+            make_server(service, lambda url: _tell(note, url)).run()
+        finally:
+            os._exit(1)
+    try:
+        deadline = time.monotonic() + SEEN_S
+        while not note.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        url, stop = note.read_text(), threading.Event()
+        if moments is None:
+            store = Store(store_url)
+            while store.outbox().get(("webhook", "pending")) and time.monotonic() < deadline + SEEN_S:
+                time.sleep(0.1)
+            store.close()
+            return
+        threads = [threading.Thread(target=_load, args=(url, i, seen, stop)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        before = len(seen)
+        while len(seen) == before and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(float(torch.rand((), generator=moments)) * 0.5)
+        os.kill(child, signal.SIGKILL)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _tell(note: Path, url: str) -> None:
+    note.with_suffix(".part").write_text(url)
+    note.with_suffix(".part").rename(note)
+
+
+def _load(url: str, number: int, seen: set[str], stop: threading.Event) -> None:
+    """A client that notes each exchange of which it has seen a token, all of which come after the flag."""
+    try:
+        with httpx.Client(base_url=url, timeout=30) as http:
+            model = http.get("/v1/models").json()["data"][0]["id"]
+            turns = [{"role": "user", "content": f"prompt {number}"}]
+            body = {"model": model, "messages": turns, "max_tokens": 60, "temperature": 0, "stream": True}
+            while not stop.is_set():
+                with http.stream("POST", "/v1/chat/completions", json=body) as reply:
+                    for line in reply.iter_lines():
+                        if line.startswith('data: {"id"') and '"content":"' in line and '"content":""' not in line:
+                            seen.add(json.loads(line.removeprefix("data: "))["id"])
+    except (httpx.HTTPError, KeyError, json.JSONDecodeError):  # the server is gone
+        return
+
+
+@contextmanager
+def _hook() -> Iterator[tuple[str, set[str]]]:
+    delivered: set[str] = set()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(204)
+            self.end_headers()
+            delivered.add(body["data"]["id"])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/", delivered
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def _postgres() -> Iterator[str | None]:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from _pytest.outcomes import Skipped
+    from server_kit import postgres
+
+    try:
+        with postgres() as url:
+            yield url
+    except Skipped:
+        yield None
+
+
+if __name__ == "__main__":
+    main()

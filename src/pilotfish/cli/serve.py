@@ -1,0 +1,77 @@
+"""`pilotfish serve`: a pair in, an HTTP server out, until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+from pilotfish.actions import Policy, read_policy
+from pilotfish.cli.server_verbs import Serve
+from pilotfish.cli.session import flag_policy, start_engine
+from pilotfish.errors import SettingError
+
+
+def run(config: Serve) -> int:
+    try:
+        from pilotfish.server import EmbeddedBackend, ServerSettings, Service, Store, make_server
+    except ModuleNotFoundError as error:
+        raise missing_extra("serve", error) from error
+    settings = ServerSettings(
+        host=config.host,
+        port=config.port,
+        keep_days=config.keep_days,
+        max_streams=config.max_streams,
+        max_queue=config.max_queue,
+        request_timeout_s=config.request_timeout_s,
+        requests_per_minute=config.requests_per_minute,
+    )
+    sinks = _sinks(config)
+    store = Store(config.store, sinks=[sink.name for sink in sinks], redact=config.redact)
+    engine = start_engine(config)
+    policy = flag_policy(engine, action=config.action, threshold=config.threshold, hold=True)
+    if config.policy is not None:
+        policy = read_policy(config.policy)
+    backend = EmbeddedBackend(engine, max_streams=config.max_streams, max_queue=config.max_queue)
+    try:
+        service = Service(backend, store, settings, policy=policy, sinks=sinks)
+        asyncio.run(backend.check(service.policy))
+        names = ", ".join(sink.name for sink in sinks) or "the store alone"
+        print(f"{engine.pair.target_identity.name}: {_rules(service.policy)}; alerts go to {names}", flush=True)
+        server = make_server(service, lambda url: print(f"serving on {url}/v1", flush=True))
+        server.run()
+    finally:
+        backend.close()
+    return 0 if server.started else 1
+
+
+def missing_extra(extra: str, error: ModuleNotFoundError) -> SettingError:
+    return SettingError(f"the package {error.name!r} is not installed; run: pip install 'pilotfish[{extra}]'")
+
+
+def _sinks(config: Serve) -> list[Any]:
+    from pilotfish.server import JsonlSink, WebhookSink
+
+    sinks: list[Any] = []
+    if config.webhook is not None:
+        secret = os.environ.get(config.webhook_secret_env)
+        if secret is None:
+            raise SettingError(
+                f"the environment variable {config.webhook_secret_env} is not set; put the webhook's secret into it: "
+                f'export {config.webhook_secret_env}="$(pilotfish keys secret)"'
+            )
+        sinks.append(WebhookSink(config.webhook, secret))
+    if config.alerts_file is not None:
+        sinks.append(JsonlSink(config.alerts_file))
+    if config.otel is not None:
+        try:
+            from pilotfish.server.otel import OtelSink
+        except ModuleNotFoundError as error:
+            raise missing_extra("otel", error) from error
+        sinks.append(OtelSink.over_http(config.otel))
+    return sinks
+
+
+def _rules(policy: Policy) -> str:
+    named = ", ".join(f"{rule.action} on {rule.metric}" for rule in policy.rules if rule.action != "observe")
+    return named or "scores are observed"

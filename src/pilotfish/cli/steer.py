@@ -1,0 +1,187 @@
+"""`pilotfish steer`: pairs of answers in, a calibrated vector and what it is worth beside a prompt out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from pilotfish.cli.steer_verbs import Dosing, Steer, SteerCalibrate, SteerVerify
+from pilotfish.cli.terminal import table
+from pilotfish.core import Message, Site
+from pilotfish.errors import TextError
+from pilotfish.models import LoadedModel, Pair, load_model, load_pair
+from pilotfish.reports.dose import dose_curves
+from pilotfish.runs import run_card, write_json, write_text
+from pilotfish.scores import Estimate
+from pilotfish.steering import (
+    Arm,
+    Budget,
+    CalibrationConfig,
+    Decoding,
+    ExtractConfig,
+    Meters,
+    RecipeConfig,
+    Steered,
+    Steering,
+    calibrate,
+    load_directions,
+    margins,
+    save_directions,
+    steer,
+    verify,
+)
+from pilotfish.steering.recipe import MARGIN
+from pilotfish.taps import When
+from pilotfish.texts import encode, read_contrasts, render
+from pilotfish.texts.conversations import read_bytes
+
+FIGURES_FILE = "steering.json"
+PLOT_FILE = "dose.svg"
+
+
+def run(config: Steer) -> int:
+    contrasts = read_contrasts(config.pairs)
+    loaded = load_model(config.model, device=config.device, dtype=config.dtype)
+    recipe = RecipeConfig(
+        name=config.name or config.pairs.stem,
+        instruction=config.instruction,
+        kind=config.kind,
+        budget=None if config.match_prompt else _budget(config),
+        extract=ExtractConfig(method=config.method, tokens=config.tokens),
+        sites=tuple(Site(layer, "resid_post") for layer in config.layers),
+        num_sites=config.num_layers,
+        num_prompts=config.num_prompts,
+        decoding=_decoding(config, Pair(loaded.model, None, loaded.tokenizer, loaded.identity, None)),
+        seed=config.seed,
+    )
+    found = steer(contrasts, loaded, config=recipe)
+    save_directions(config.out, {found.direction.site: found.direction})
+    _write_figures(config, found)
+    _print_steered(found)
+    print(f"\nThe vector with its dose: {config.out}; figures in {FIGURES_FILE}, curves in {PLOT_FILE}.")
+    print(f"To see that it acts on this machine: pilotfish steer verify {config.out} --model {config.model}")
+    return 0
+
+
+def run_calibrate(config: SteerCalibrate) -> int:
+    pair = load_pair(config.pair, device=config.device, dtype=config.dtype)
+    directions = load_directions(config.vector, identity=pair.target_identity)
+    lines = [line.strip() for line in read_bytes(config.prompts).decode("utf-8", "replace").splitlines()]
+    prompts = [_ids(pair, line) for line in lines if line][: config.num_prompts]
+    if not prompts:
+        raise TextError(f"{config.prompts} has no prompts; give one a line")
+    loaded = LoadedModel(pair.target, pair.tokenizer, pair.target_identity, "")
+    contrasts = read_contrasts(config.pairs) if config.pairs is not None else []
+    rows = []
+    for site, direction in directions.items():
+        found = calibrate(
+            pair.target,
+            Steering(directions=(direction,), kind=config.kind),
+            prompts,
+            budget=_budget(config),
+            config=CalibrationConfig(decoding=_decoding(config, pair), seed=config.seed),
+            draft=pair.draft,
+        )
+        directions[site] = direction.with_dose(found.dose)
+        effect = ""
+        if contrasts:
+            effect = (
+                f"{float(margins(loaded, Arm(name=str(site), edits=found.edits(pair.target)), contrasts).mean()):+.3f}"
+            )
+        rows.append([str(site), *_meter_cells(found.meters), effect, found.reason])
+    save_directions(config.vector, directions)
+    print(table(["site", *METERS, "margin, nats", "the budget is not spent, for"], rows))
+    print(f"\n{_budget(config)}; the doses stand on the card in {config.vector}.")
+    if contrasts:
+        print(
+            "The margin is the log probability of the positive answers less that of the negative ones: larger is more."
+        )
+    return 0
+
+
+def run_verify(config: SteerVerify) -> int:
+    loaded = load_model(config.model, device=config.device, dtype=config.dtype)
+    prompt = _ids(loaded, config.prompt)
+    passed = True
+    for site, direction in load_directions(config.vector, identity=loaded.identity).items():
+        dose = direction.to_edit(config.dose).op.scale  # type: ignore[union-attr]  # an Add; refuses a missing dose
+        steering = Steering(directions=(direction,), kind=config.kind, when=When(phase=config.phase))
+        print(f"{direction.card.name} at {site}, dose {dose:.4g}")
+        for check in verify(loaded.model, steering, dose, prompt, num_tokens=config.num_tokens):
+            print(f"  {'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}")
+            passed = passed and check.passed
+    return 0 if passed else 1
+
+
+METERS = ("dose", "relative", "KL mean", "KL p95", "acceptance", "same greedy token")
+
+
+def _meter_cells(found: Meters) -> list[str]:
+    figures = (found.relative, found.kl_mean, found.kl_p95, found.acceptance, found.agreement)
+    return [f"{found.dose:.4g}", *(f"{figure:.3f}" for figure in figures)]
+
+
+def _budget(config: Dosing) -> Budget:
+    return Budget(meter=config.meter, limit=config.limit)
+
+
+def _decoding(config: Dosing, pair: Pair) -> Decoding:
+    return Decoding(max_new_tokens=config.max_new_tokens, eos_ids=pair.eos_ids)
+
+
+def _ids(model: LoadedModel | Pair, prompt: str) -> list[int]:
+    return encode(
+        render([Message("user", prompt)], model.tokenizer, add_generation_prompt=True), model.tokenizer
+    ).token_ids
+
+
+def _write_figures(config: Steer, found: Steered) -> None:
+    by_site = {
+        str(one.calibration.steering.directions[0].site): [(one.calibration.meters.kl_mean, one.effect)]
+        for one in found.candidates
+    }
+    plot = dose_curves(found.calibration.curve, by_site, title=found.direction.card.name, effect="margin, nats")
+    write_text(config.out / PLOT_FILE, plot)
+    settings = {key: str(value) for key, value in asdict(config).items()}
+    write_json(
+        config.out / FIGURES_FILE,
+        {
+            "site": str(found.direction.site),
+            "dose": found.calibration.dose,
+            "budget": str(found.calibration.budget),
+            "budget_not_spent_for": found.calibration.reason,
+            "curve": [asdict(one) for one in found.calibration.curve],
+            "sites": [{"site": site, "kl_mean": kl, "effect": effect} for site, [(kl, effect)] in by_site.items()],
+            "rows": [
+                {"arm": row.arm, "measure": row.measure, "value": row.value._asdict()}
+                | ({"change": row.change._asdict()} if row.change else {})
+                for row in found.rows
+            ],
+            "damage": {name: answered.damage for name, answered in found.answers.items()},
+            "verdict": found.verdict.sentence,
+            "card": run_card("pilotfish steer", settings, config.seed),
+        },
+    )
+
+
+def _print_steered(found: Steered) -> None:
+    site, dose = found.direction.site, found.calibration.dose
+    print(f"{found.direction.card.name}: best at {site}, dose {dose:.4g}; budget: {found.calibration.budget}")
+    if found.calibration.reason:
+        print(f"The budget is not spent: {found.calibration.reason}")
+    print(table(list(METERS), [_meter_cells(one) for one in found.calibration.curve]))
+    rows = []
+    for row in (row for row in found.rows if row.measure == MARGIN):
+        answered = found.answers.get(row.arm)
+        damage = [f"{figure:.3f}" for figure in answered.damage.values()] if answered else [""] * 3
+        rows.append([row.arm, _cell(row.value), _cell(row.change) if row.change else "", *damage])
+    print(f"\n{table(['', 'margin, nats', 'change', 'KL mean', 'KL p95', 'acceptance'], rows)}")
+    print(
+        "\nOn pairs put aside, with 95 % intervals; the margin is log p(positive answer) less log p(negative answer)."
+    )
+    for name, answered in found.answers.items():
+        print(f"{name} writes: {' '.join(answered.texts[0].split())}")
+    print(f"\nBy margin: {found.verdict.sentence} What is written by itself can say otherwise: read it.")
+
+
+def _cell(estimate: Estimate) -> str:
+    return f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"

@@ -1,0 +1,293 @@
+"""Ways to steer and held-out texts in; what each does beside doing nothing, out: a table with intervals.
+
+Every table has the rows that a vector must be held against: no steering, a prompt, a few examples in the prompt, a
+random direction and one from shuffled labels, the vectors at the same damage. A prompt often wins ("Steering GPT-2-XL",
+"AxBench", arXiv 2501.17148), and a table without it does not show whether a vector is of use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pilotfish.core import Message
+from pilotfish.errors import SettingError, TextError
+from pilotfish.models import LoadedModel
+from pilotfish.runs import progress
+from pilotfish.scores.metrics import Estimate, bootstrap_by_group, mean_of
+from pilotfish.steering.direction import Direction
+from pilotfish.steering.meters import Divergence, answer_logits, divergences
+from pilotfish.steering.rollouts import Decoding, Sampled, rollouts
+from pilotfish.taps import Edit
+from pilotfish.texts import Contrast, encode, render
+
+NO_STEERING = "no steering"
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Arm:
+    """One way to steer: edits, an instruction, examples, or nothing."""
+
+    name: str
+    edits: tuple[Edit, ...] = ()
+    instruction: str = ""
+    """System message."""
+    examples: tuple[Message, ...] = ()
+    """Earlier turns that show what is wanted."""
+    prefix: str = ""
+    """Put before a plain text, which has no messages."""
+
+    def messages(self, prompt: str) -> tuple[Message, ...]:
+        system = (Message("system", self.instruction),) if self.instruction else ()
+        return (*system, *self.examples, Message("user", prompt))
+
+
+class Row(NamedTuple):
+    """One arm under one measure."""
+
+    arm: str
+    measure: str
+    value: Estimate
+    change: Estimate | None
+    """Against no steering, item by item; None in that row itself."""
+
+
+def few_shot(contrasts: Sequence[Contrast], *, name: str = "few-shot prompt") -> Arm:
+    """Contrasts with their positive answers, as turns before the prompt; as a prefix where they have no prompts."""
+    shown = [item for item in contrasts if item.prompt]
+    if not shown:
+        return Arm(name=name, prefix="\n\n".join(item.positive.strip() for item in contrasts) + "\n\n")
+    turns = ((Message("user", item.prompt), Message("assistant", item.positive.strip())) for item in shown)
+    return Arm(name=name, examples=tuple(message for turn in turns for message in turn))
+
+
+def random_like(direction: Direction, *, generator: torch.Generator) -> Direction:
+    """A direction drawn evenly from all, of the same length, at the same site."""
+    drawn = torch.randn(direction.vector.shape, generator=generator, dtype=torch.float64)
+    vector = (drawn * (direction.norm / drawn.norm())).float()
+    return replace(
+        direction, vector=vector, card=replace(direction.card, notes="random, of the length of another")
+    ).named(f"random, as long as {direction.card.name}")
+
+
+def shuffled(contrasts: Sequence[Contrast], *, generator: torch.Generator) -> list[Contrast]:
+    """The same contrasts with the two answers swapped in half of them: what extraction finds without the labels.
+
+    Exactly half, one contrast left out where their number is odd: else a rest of what all share is left, which
+    calibration to equal damage makes as strong as the real direction.
+    """
+    half = len(contrasts) // 2
+    order = torch.randperm(len(contrasts), generator=generator)[: 2 * half].tolist()
+    swapped, kept = set(order[:half]), set(order)
+    return [
+        replace(item, positive=item.negative, negative=item.positive) if index in swapped else item
+        for index, item in enumerate(contrasts)
+        if index in kept
+    ]
+
+
+# What can be measured of an arm, item by item
+
+
+def prompt_ids(loaded: LoadedModel, arm: Arm, prompt: str) -> list[int]:
+    """A prompt as the model reads it under an arm, up to where its answer begins."""
+    rendered = render(arm.messages(prompt), loaded.tokenizer, add_generation_prompt=True)
+    return encode(rendered, loaded.tokenizer).token_ids
+
+
+def margins(loaded: LoadedModel, arm: Arm, contrasts: Sequence[Contrast]) -> Float[Tensor, " item"]:
+    """Log probability of the positive answer less that of the negative, in nats; float64.
+
+    Only the tokens that tell the two apart count, as a mean over each side's: for `(A)` and `(B)` that is the log odds
+    of the letters, and its sigmoid their probability. Answers without a prompt are read as plain texts.
+
+    Raises:
+        TextError: the two answers of a contrast are the same tokens, or one is the beginning of the other.
+    """
+    found = []
+    for item in progress(contrasts, arm.name, total=len(contrasts)):
+        prompt = prompt_ids(loaded, arm, item.prompt) if item.prompt else _plain_ids(loaded, arm.prefix or "\n")
+        texts = (item.positive.strip(), item.negative.strip())
+        one, other = (list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+        first, ends = _differing(one, other, where=f"contrast {item.id!r}")
+        if ends == (first + 1, first + 1):  # both can be read off the same logits
+            logits = answer_logits(loaded.model, Sampled(tuple(prompt), tuple(one[: first + 1])), arm.edits)[-1]
+            found.append((logits[one[first]] - logits[other[first]]).double().cpu())
+            continue
+        means = [
+            _log_probs(loaded.model, Sampled(tuple(prompt), tuple(ids[:end])), arm.edits)[first:].mean()
+            for ids, end in zip((one, other), ends, strict=True)
+        ]
+        found.append(means[0] - means[1])
+    return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)
+
+
+def letter_probability(loaded: LoadedModel, arm: Arm, contrasts: Sequence[Contrast]) -> Float[Tensor, " item"]:
+    """Probability of the positive letter among the two; see `margins`."""
+    return margins(loaded, arm, contrasts).sigmoid()
+
+
+def text_losses(loaded: LoadedModel, arm: Arm, texts: Sequence[str]) -> Float[Tensor, " text"]:
+    """Mean nats a token of each text as it stands; `exp` of it is the perplexity.
+
+    What an arm puts before plain texts, or else its instruction and examples, is read before each text and not counted.
+
+    Raises:
+        TextError: a text has fewer than two tokens.
+    """
+    said = "\n\n".join(filter(None, [arm.instruction, *(message.content for message in arm.examples)]))
+    losses = []
+    for text in texts:
+        prefix = _plain_ids(loaded, arm.prefix or said)
+        ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(ids) < 2:
+            raise TextError("a text of fewer than two tokens has no perplexity; give a longer one")
+        # The first token counts in no arm: without a prefix nothing predicts it.
+        sampled = Sampled((*prefix, ids[0]), tuple(ids[1:]))
+        losses.append(-_log_probs(loaded.model, sampled, arm.edits).mean())
+    return torch.stack(losses)
+
+
+class Answered(NamedTuple):
+    """What an arm wrote, and how far from the unsteered model that was."""
+
+    texts: tuple[str, ...]
+    found: tuple[Divergence, ...]
+
+    @property
+    def kl_mean(self) -> float:
+        return float(torch.cat([one.kl for one in self.found]).mean())
+
+    @property
+    def kl_p95(self) -> float:
+        return float(torch.cat([one.kl for one in self.found]).quantile(0.95))
+
+    @property
+    def acceptance(self) -> float:
+        return float(torch.cat([one.acceptance for one in self.found]).mean())
+
+    @property
+    def damage(self) -> dict[str, float]:
+        """The three figures above, by name."""
+        return {"kl_mean": self.kl_mean, "kl_p95": self.kl_p95, "acceptance": self.acceptance}
+
+
+def answer(
+    loaded: LoadedModel, arm: Arm, prompts: Sequence[str], *, decoding: Decoding, generator: torch.Generator
+) -> Answered:
+    """Lets an arm answer prompts, and measures its damage along the answers.
+
+    The unsteered model is given the bare prompt, so an instruction has a KL too and can stand in one table with a dose.
+    """
+    steered = [prompt_ids(loaded, arm, prompt) for prompt in prompts]
+    plain = [prompt_ids(loaded, Arm(name=NO_STEERING), prompt) for prompt in prompts]
+    sampled = rollouts(loaded.model, steered, arm.edits, decoding=decoding, generator=generator)
+    texts = tuple(str(loaded.tokenizer.decode(list(one.answer_ids), skip_special_tokens=True)) for one in sampled)
+    return Answered(texts, tuple(divergences(loaded.model, sampled, arm.edits, plain_prompts=plain)))
+
+
+# The table
+
+
+Measure = Callable[[Arm], Float[Tensor, " item"]]
+
+
+def compare(
+    arms: Sequence[Arm],
+    measures: Mapping[str, Measure],
+    *,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    generator: torch.Generator,
+) -> list[Row]:
+    """Every arm under every measure, with 95 % intervals by item, and its change against no steering on the same items.
+
+    Args:
+        arms: The first is no steering.
+        groups: By measure, what belongs together among its items and is resampled together; each item by default.
+
+    Raises:
+        SettingError: there are no arms, or a measure has fewer than two items.
+    """
+    if not arms or arms[0].edits or arms[0].instruction or arms[0].examples or arms[0].prefix:
+        raise SettingError("the first arm must do nothing; put Arm(name='no steering') before the others")
+    rows = []
+    for name, measure in measures.items():
+        plain: Tensor | None = None
+        for arm in arms:
+            values = measure(arm)
+            names = (groups or {}).get(name) or [str(index) for index in range(len(values))]
+            change = None
+            if plain is not None:
+                change = bootstrap_by_group(mean_of((values - plain).tolist()), names, generator=generator)
+            else:
+                plain = values
+            value = bootstrap_by_group(mean_of(values.tolist()), names, generator=generator)
+            rows.append(Row(arm.name, name, value, change))
+    return rows
+
+
+class Verdict(NamedTuple):
+    """Whether a vector is of use beside a prompt."""
+
+    prompt_wins: bool
+    difference: Estimate
+    """The best prompt's effect less the vector's, item by item."""
+    sentence: str
+
+
+def against_prompt(
+    vector: Float[Tensor, " item"],
+    prompts: Mapping[str, Float[Tensor, " item"]],
+    groups: Sequence[str],
+    *,
+    generator: torch.Generator,
+) -> Verdict:
+    """Holds a vector against the best of the prompts, on the same items.
+
+    Raises:
+        SettingError: there is no prompt, or fewer than two groups.
+    """
+    if not prompts:
+        raise SettingError("there is no prompt to hold the vector against; give an instruction or examples")
+    name = max(prompts, key=lambda prompt: float(prompts[prompt].mean()))
+    difference = bootstrap_by_group(mean_of((prompts[name] - vector).tolist()), groups, generator=generator)
+    figure = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    if difference.low > 0:
+        sentence = f"The {name} does better than the vector, by {figure}: use the {name}."
+    elif difference.high < 0:
+        sentence = f"The vector does better than every prompt tried; the {name} less the vector is {figure}."
+    else:
+        sentence = f"Neither is shown to be better; the {name} less the vector is {figure}."
+    return Verdict(difference.value > 0, difference, sentence)
+
+
+def _log_probs(model: PreTrainedModel, sampled: Sampled, edits: Sequence[Edit]) -> Float[Tensor, " token"]:
+    logits = answer_logits(model, sampled, edits).float().log_softmax(-1)
+    chosen = torch.tensor(sampled.answer_ids, device=logits.device).unsqueeze(-1)
+    return logits.gather(-1, chosen)[:, 0].double().cpu()
+
+
+def _differing(one: Sequence[int], other: Sequence[int], *, where: str) -> tuple[int, tuple[int, int]]:
+    """Where two rows begin to differ, and where each does so for the last time."""
+    shortest = min(len(one), len(other))
+    first = next((i for i in range(shortest) if one[i] != other[i]), shortest)
+    same = 0
+    while same < shortest - first and one[-1 - same] == other[-1 - same]:
+        same += 1
+    ends = (len(one) - same, len(other) - same)
+    if min(ends) <= first:  # one is the other with something put in: let both go on to their ends
+        ends = (len(one), len(other))
+    if min(ends) <= first:
+        raise TextError(f"{where}: one answer is the beginning of the other, or the same; give two that differ")
+    return first, ends
+
+
+def _plain_ids(loaded: LoadedModel, text: str) -> list[int]:
+    """A text's tokens, after a BOS where the tokenizer puts one."""
+    return list(loaded.tokenizer(text)["input_ids"])

@@ -1,0 +1,60 @@
+"""The server is held to its own OpenAPI schema by requests that are drawn from it, well-formed and not."""
+
+from __future__ import annotations
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from server_kit import running
+
+from pilotfish.engines import EmbeddedEngine
+from pilotfish.server import Limits
+
+CHECKS = (
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+)
+
+
+EXAMPLES = settings(
+    max_examples=15,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.slow
+def test_no_request_breaks_the_server_or_its_schema(pair, bank, tmp_path):
+    limits = Limits(new_tokens=16)
+    with running(EmbeddedEngine(pair, [bank]), tmp_path, limits=limits, requests_per_minute=1_000_000) as server:
+        schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+        operations = [found.ok() for found in schema.get_all_operations()]
+        assert len(operations) >= 14
+        sent = 0
+
+        def holds(case: schemathesis.Case) -> None:
+            nonlocal sent
+            sent += 1
+            case.call_and_validate(checks=list(CHECKS))
+
+        for operation in operations:
+            for mode in GenerationMode:
+                if mode is GenerationMode.POSITIVE or operation.body or operation.query or operation.path_parameters:
+                    EXAMPLES(given(operation.as_strategy(mode))(holds))()
+        assert sent >= 200
