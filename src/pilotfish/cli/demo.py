@@ -51,7 +51,9 @@ def run(config: Demo) -> int:
             f"──\n{prompt}\n{legend(metric, thresholds(engine, policy).get(metric), colour=uses_colour())}\n"
         )
         generation = show(engine, prompt, Request(max_new_tokens=config.max_new_tokens, policy=policy), metric)
-        exchanges.append(describe(engine, generation, title, policy))
+        exchange = describe(engine, generation, title, policy)
+        exchange["metrics"] = sorted(exchange["metrics"], key=lambda name: name != metric)  # the page shows the first
+        exchanges.append(exchange)
     tax = None
     if config.tax_pairs:
         print(f"\nMeasuring the tax, {config.tax_pairs} repetitions …")
