@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shown import targets_table
 
 from pilotfish.actions import LookAhead, Policy, Recorded, Rule, look_ahead, recorded_exchange
 from pilotfish.cli.demo import PROMPTS
@@ -240,16 +241,7 @@ def _print(
     ]
     columns = ["action", "tokens", "over the threshold and out", "taken back", "deferred", "steered", "judge asked"]
     print(table(columns, totals) + "\n")
-    cells = [
-        [
-            t["name"],
-            f"{t['value']:.4f} [{t['low']:.4f}, {t['high']:.4f}]",
-            t["target"],
-            "met" if t["met"] else "NOT met",
-        ]
-        for t in targets
-    ]
-    print(table(["target", "found", "asked", ""], cells))
+    print(targets_table(targets))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from typing import Any
 
 import httpx
 import torch
+from shown import targets_table
 
 from pilotfish.actions import Policy, Rule
 from pilotfish.cli.terminal import quieten_transformers, table
@@ -89,16 +90,7 @@ def main() -> None:
     ]
     columns = [f"streams of {pair_name}", "speed over the engine's", "in CPU time", "CPU µs a token more"]
     print(table(columns, cells) + "\n")
-    cells = [
-        [
-            t["name"],
-            f"{t['value']:.4f} [{t['low']:.4f}, {t['high']:.4f}]",
-            t["target"],
-            "met" if t["met"] else "NOT met",
-        ]
-        for t in targets
-    ]
-    print(table(["target", "found", "asked", ""], cells))
+    print(targets_table(targets))
 
 
 # Overhead.

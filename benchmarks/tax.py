@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shown import targets_table
+
 from pilotfish.cli.terminal import quieten_transformers, table
 from pilotfish.engines import Drafting, EmbeddedEngine, Request
 from pilotfish.engines.reader import CachedModel
@@ -199,16 +201,7 @@ def _print(rows: list[dict[str, Any]], targets: list[dict[str, Any]]) -> None:
     ]
     print(table(["speed over the first arm", "wall time", "CPU time"], cells))
     print()
-    cells = [
-        [
-            t["name"],
-            f"{t['value']:.4f} [{t['low']:.4f}, {t['high']:.4f}]",
-            t["target"],
-            "met" if t["met"] else "NOT met",
-        ]
-        for t in targets
-    ]
-    print(table(["target", "found", "asked", ""], cells))
+    print(targets_table(targets))
 
 
 if __name__ == "__main__":

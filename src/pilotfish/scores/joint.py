@@ -37,9 +37,9 @@ from pilotfish.scores.distillation import (
     divergence,
     next_token_logits,
 )
+from pilotfish.scores.fitted import Reading
 from pilotfish.scores.metrics import auroc, has_both_labels
 from pilotfish.scores.prepared import Text, prepare, response_labels
-from pilotfish.taps import Shelf, TokenRow, gather
 from pilotfish.taps.hook import hook
 from pilotfish.texts import check_leak
 
@@ -256,7 +256,8 @@ def _first_head(
 ) -> FirstHead:
     sites = evenly_spaced_sites(draft.model, config.num_sites)
     fitting = replace(config.fit, form=_form(texts.values(), config.fit.form))
-    train, validation = (_read_by(draft, sites, texts[name], work_folder) for name in ("train", "validation"))
+    reading = Reading(draft, sites, work_folder)
+    train, validation = (reading.of(texts[name]) for name in ("train", "validation"))
     examples = {text.tokens.id: text.example for part in texts.values() for text in part}
     result = fit(train, validation, examples, config=fitting, quality=auroc, generator=generator)
     rows = Rows(train, examples, batch_tokens=fitting.batch_tokens, window=fitting.form.window)
@@ -272,11 +273,6 @@ def _form(sides: Iterable[Sequence[Text]], form: Form) -> Form:
         for labels in (torch.cat([text.labels for text in side]), response_labels(side))
     )
     return form if has_all or form.kind != "linear" else replace(form, width=1)
-
-
-def _read_by(draft: LoadedModel, sites: tuple[Site, ...], texts: Sequence[Text], work_folder: Path) -> Shelf:
-    rows = [TokenRow(text.tokens.id, tuple(text.tokens.token_ids)) for text in texts]
-    return gather(draft.model, sites, rows, work_folder, identity_hash=draft.identity.weights)
 
 
 def _readout(
