@@ -132,6 +132,24 @@ def test_scores_come_with_each_chunk_pending_ones_later(client, engine):
     assert set(said[-1]["heads"]) == {"wide"}
 
 
+def test_how_draft_and_target_disagreed_comes_where_it_is_asked_for_and_is_stored(client, engine, server):
+    reply = asked(client, engine, extra_body={"monitor": {"signals": True, "prompt": True}})
+    said = reply.choices[0].monitor["tokens"]
+    expected = engine.generate("hello", Request(max_new_tokens=12, signals=True))
+    stored = server.store.exchange(reply.id)
+    for row, kept, token in zip(said, stored["tokens"], expected.tokens, strict=True):
+        known = {name for name, score in token.signals.scores().items() if score.value is not None}
+        assert {name for name in row["scores"] if name.startswith("signal.")} == known
+        assert kept["scores"]["wide"] == token.scores["wide"].value
+        if token.origin != "prompt":
+            assert row["scores"]["signal.target_surprise"] == pytest.approx(
+                token.signals.scores()["signal.target_surprise"].value, abs=1e-6
+            )
+            assert kept["scores"].keys() == row["scores"].keys()
+    top = reply.choices[0].monitor["heads"]["wide"]["max_answer"]
+    assert stored["stats"]["highest"]["wide"] == pytest.approx(top, abs=1e-6)
+
+
 def test_eight_streams_at_a_time_are_each_what_they_are_alone(engine, tmp_path):
     def request(i: int) -> Request:
         sampling = Sampling(temperature=1.0 if i % 2 else 0.0)

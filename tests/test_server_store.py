@@ -234,6 +234,30 @@ def test_lists_go_on_where_they_ended_and_can_be_of_flagged_ones_alone(store):
     assert [row["id"] for row in store.exchanges(limit=9, flagged=True)] == ["x-3", "x-1"]
 
 
+def test_a_list_can_be_searched_and_shows_how_each_exchange_began_and_what_it_raised(store):
+    store.record(exchange("x-0", flagged=None, created_s=1000.0, prompt="what is 100%?" + "." * 500))
+    other = Verdict(3, "n", "stop", None, None, "n was not scored")
+    store.record(exchange("x-1", created_s=1001.0, verdicts=(other, *exchange().verdicts)))
+    ids = {
+        "metric m": [row["id"] for row in store.exchanges(limit=9, metric="m")],
+        "metric k": store.exchanges(limit=9, metric="k"),
+        "in a prompt": [row["id"] for row in store.exchanges(limit=9, text="100%?")],
+        "in an answer, in another case": [row["id"] for row in store.exchanges(limit=9, text="T2")],
+        "no wildcards": store.exchanges(limit=9, text="1_0%"),
+    }
+    assert ids == {
+        "metric m": ["x-1"],
+        "metric k": [],
+        "in a prompt": ["x-0"],
+        "in an answer, in another case": ["x-1", "x-0"],
+        "no wildcards": [],
+    }
+    newest, oldest = store.exchanges(limit=9)
+    assert (newest["prompt_end"], newest["answer_start"], newest["alerts"]) == ("t0t1", "t2", ["m:flag", "n:stop"])
+    assert oldest["prompt_end"] == "." * 400
+    assert oldest["alerts"] == []
+
+
 def test_the_newest_policy_is_the_one_in_force(store):
     assert store.policy() is None
     for margin in (1, 2):

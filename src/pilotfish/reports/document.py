@@ -17,6 +17,7 @@ def document(template: str, data: Mapping[str, object], *, styles: Sequence[str]
     """Fills a template of this package; only its own style and scripts may run in it.
 
     Args:
+        scripts: modules, each after those that it imports; their top-level names all differ.
         data: what the scripts read, `title` among it; text in it stays text.
 
     Raises:
@@ -27,13 +28,19 @@ def document(template: str, data: Mapping[str, object], *, styles: Sequence[str]
         "data": _json_for_html(data),
     }
     for name, assets in (("style", styles), ("theme", ("theme.js",)), ("script", scripts)):
-        parts[name] = "\n".join(map(_asset, assets))
+        parts[name] = "\n".join(map(_inlined, assets))
         parts[f"{name}_hash"] = _hash(parts[name])
     # One pass over the template alone: a placeholder inside a model's text stays text.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset(template))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset(template))
 
 
-def _asset(name: str) -> str:
+def _inlined(name: str) -> str:
+    """An asset as part of one script: its imports are there already, above it."""
+    return re.sub(r"^(?:import .*;\n|export )", "", asset(name), flags=re.M)
+
+
+def asset(name: str) -> str:
+    """The text of a file of this package: a style, a template, a script as a module of its own."""
     return resources.files("pilotfish.reports").joinpath(name).read_text(encoding="utf-8")
 
 

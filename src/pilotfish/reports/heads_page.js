@@ -1,4 +1,8 @@
 // Reads the sections from the page's JSON block; sets each as sentences, a table, curves and coloured examples.
+import { $, make, pageData } from "./marks.js";
+import { makePlot } from "./plot.js";
+
+const data = pageData();
 
 function row(tag, cells) {
   return make("tr", {}, ...cells.map((cell, at) => make(tag, { class: at > 2 ? "number" : "", ...(tag === "th" ? { scope: "col" } : {}) }, cell)));

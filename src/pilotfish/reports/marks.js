@@ -1,15 +1,14 @@
-// What both pages share: their data, elements, and text in which nothing is invisible.
-"use strict";
+// What all pages share: their data, elements, and text in which nothing is invisible.
 
-const $ = (id) => document.getElementById(id);
-const data = JSON.parse($("data").textContent);
-const words = (name) => name.replaceAll("_", " ");
-const decimals = (score) => score.toFixed(2);
-const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+export const $ = (id) => document.getElementById(id);
+export const pageData = () => JSON.parse($("data").textContent);
+export const words = (name) => name.replaceAll("_", " ").replace(/^signal\./, "");
+export const decimals = (score) => score.toFixed(2);
+export const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
 const DRAWN = ["svg", "path", "line", "rect", "circle", "text", "title", "desc"];
 
-function make(tag, attributes = {}, ...children) {
+export function make(tag, attributes = {}, ...children) {
   const space = DRAWN.includes(tag) ? "http://www.w3.org/2000/svg" : "http://www.w3.org/1999/xhtml";
   const node = document.createElementNS(space, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -20,7 +19,7 @@ function make(tag, attributes = {}, ...children) {
 // Line breaks, tabs, and the controls that hide or reorder text: each gets a visible mark.
 const MARKED = /(\r\n|[\u0000-\u001f\u007f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff])/;
 
-function glyphs(text, keepsBreaks) {
+export function glyphs(text, keepsBreaks) {
   const glyph = (kind, sign) => make("i", { class: `glyph ${kind}`, "data-glyph": sign });
   if (text === "") return [glyph("", "◌")];
   return text.split(MARKED).filter(Boolean).flatMap((part) => {

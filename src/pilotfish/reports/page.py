@@ -12,6 +12,7 @@ from pilotfish.reports.exchange import check_exchange, check_table
 from pilotfish.runs import write_text
 
 TITLE = "Every token, scored"
+SCRIPTS = ("marks.js", "tokens.js", "strip.js", "verdicts.js", "reader.js", "page.js")
 
 
 def write_page(
@@ -43,4 +44,4 @@ def render_page(
     if tax is not None:
         check_table(tax, "tax table")
     data = {"title": title, "exchanges": exchanges, "tax": tax}
-    return document("page.html", data, styles=("page.css",), scripts=("marks.js", "page.js"))
+    return document("page.html", data, styles=("page.css",), scripts=SCRIPTS)

@@ -1,4 +1,5 @@
 // One curve figure as inline SVG: axes, curves, and a cursor that pointer or arrow keys move to read values.
+import { make } from "./marks.js";
 
 const BOX = { width: 480, height: 330, left: 60, right: 12, top: 10, bottom: 46 };
 
@@ -49,7 +50,7 @@ function pointAt(plot, { points }, value) {
 
 const short = (value) => (Number.isInteger(value) ? `${value}` : value < 0.1 ? `${Number(value.toPrecision(2))}` : value.toFixed(2));
 
-function makePlot(plot, id) {
+export function makePlot(plot, id) {
   const figure = make("figure", { class: "plot" }, make("h3", { id }, plot.title));
   if (!plot.series.length) {
     figure.append(make("p", { class: "caption" }, plot.note));

@@ -212,6 +212,7 @@ class Answer:
 
 def _stats(generation: Generation, error: PilotfishError | None) -> dict[str, Any]:
     return {
+        "highest": dict(tally(generation).in_answer),
         "seconds": generation.seconds,
         "acceptance": generation.acceptance,
         "num_taxed_reads": generation.num_taxed_reads,

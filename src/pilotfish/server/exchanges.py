@@ -96,8 +96,13 @@ def exchange_row(exchange: Exchange, *, redact: bool) -> dict[str, Any]:
 
 
 def token_row(exchange_id: str, token: Token, *, redact: bool) -> dict[str, Any]:
-    """One row of scores; under redaction neither text nor id, since an id is a text."""
+    """One row of scores, second signals among them where they were asked for; under redaction neither text nor id,
+    since an id is a text.
+    """
     found = dict((token.scores or {}).items())
+    reader = next((score.reader for score in found.values()), "draft")
+    if token.signals is not None and token.origin != "prompt":  # a prompt has none
+        found |= token.signals.scores()
     return {
         "exchange_id": exchange_id,
         "position": token.position,
@@ -106,7 +111,7 @@ def token_row(exchange_id: str, token: Token, *, redact: bool) -> dict[str, Any]
         "origin": token.origin,
         "round": token.round,
         "is_emitted": token.is_emitted,
-        "reader": next((score.reader for score in found.values()), "draft"),
+        "reader": reader,
         **scores_json(found),
     }
 

@@ -14,6 +14,7 @@ from pilotfish.core import Message, TokenScore
 from pilotfish.server.access import REFUSALS, ApiError
 from pilotfish.server.backend import ScoredText
 from pilotfish.server.depends import Admin, Reader, Served, User
+from pilotfish.server.exchanges import storable
 from pilotfish.server.openai_routes import within_limits
 from pilotfish.server.report import chosen_metrics, rounded, threshold_of
 from pilotfish.server.schemas import (
@@ -83,10 +84,17 @@ async def try_policy(body: DryRunBody, service: Served, _: Reader) -> dict[str, 
 
 @router.get("/exchanges", response_model=ExchangeList)
 async def exchanges(
-    service: Served, _: Reader, limit: Limit = 50, before_s: Before = None, flagged: bool = False
+    service: Served,
+    _: Reader,
+    limit: Limit = 50,
+    before_s: Before = None,
+    flagged: bool = False,
+    metric: Annotated[str, Query(max_length=256, description="With an alert of this metric.")] = "",
+    text: Annotated[str, Query(max_length=256, description="In the prompt or the answer.")] = "",
 ) -> dict[str, Any]:
     limit = min(limit, service.settings.limits.rows)
-    rows = await service.desk.in_store(service.store.exchanges, limit=limit, before_s=before_s, flagged=flagged)
+    chosen = {"flagged": flagged, "metric": storable(metric), "text": storable(text)}
+    rows = await service.desk.in_store(service.store.exchanges, limit=limit, before_s=before_s, **chosen)
     return {"exchanges": rows}
 
 

@@ -159,6 +159,7 @@ def _call(service: Service, body: Body) -> Call:
         stop=stop,
         policy=service.policy,
         seed=secrets.randbits(31) if body.seed is None else body.seed,
+        signals=body.monitor is not None and body.monitor.signals,
     )
     return Call(messages=within_limits(turns, service), request=asking, is_raw=not isinstance(body, ChatBody))
 

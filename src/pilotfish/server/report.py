@@ -82,6 +82,8 @@ class Report:
     def _token(self, token: Token, scores: Mapping[str, TokenScore], *, in_prompt: bool) -> dict[str, Any]:
         """The text is the answer's own, which a gate may have changed; the token's would say what it hid."""
         found = {metric: scores[metric] for metric in self._metrics if metric in scores}
+        if self._options.signals and not in_prompt and token.signals is not None:
+            found |= token.signals.scores()
         said = {
             "position": token.position,
             "text": token.text if in_prompt else token.delta,

@@ -44,6 +44,9 @@ class MonitorOptions(_Asked):
     tokens: bool = Field(default=True, description="Scores of every token of the answer.")
     prompt: bool = Field(default=False, description="And of the prompt's tokens.")
     lookahead: bool = Field(default=False, description="And of drafted tokens, rejected ones included.")
+    signals: bool = Field(
+        default=False, description="And how draft and target disagreed, as metrics `signal.divergence`, … in [0, 1]."
+    )
 
 
 class StreamOptions(_Asked):
@@ -313,8 +316,14 @@ class ExchangeRowOut(BaseModel):
     stats: dict[str, Any]
 
 
+class ListedExchange(ExchangeRowOut):
+    prompt_end: str | None = Field(description="The last characters of the prompt; null when the store redacts.")
+    answer_start: str | None = Field(description="The first characters of the answer.")
+    alerts: list[str] = Field(description="Metrics and actions of its alerts, as `metric:action`.")
+
+
 class ExchangeList(BaseModel):
-    exchanges: list[ExchangeRowOut]
+    exchanges: list[ListedExchange]
 
 
 class StoredToken(BaseModel):

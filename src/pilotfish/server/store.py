@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import Connection, create_engine, delete, event, func, insert, select, update
+from sqlalchemy import Connection, create_engine, delete, event, func, insert, or_, select, update
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 BUSY_TIMEOUT_S = 10
 BATCH = 500
 """Exchanges that retention deletes in one transaction."""
+EXCERPT = 400
+"""Characters of a prompt's end and an answer's beginning in a list."""
 
 
 class Due(NamedTuple):
@@ -123,15 +125,38 @@ class Store:
                 session.execute(insert(DeliveryRow), deliveries)
             yield row["id"]
 
-    def exchanges(self, *, limit: int, before_s: float | None = None, flagged: bool = False) -> list[dict[str, Any]]:
-        """The newest exchanges first, without their tokens; `before_s` goes on where a list ended."""
+    def exchanges(
+        self, *, limit: int, before_s: float | None = None, flagged: bool = False, metric: str = "", text: str = ""
+    ) -> list[dict[str, Any]]:
+        """The newest exchanges first, without their tokens; `before_s` goes on where a list ended.
+
+        Args:
+            flagged: those with an alert alone.
+            metric: those with an alert of this metric alone.
+            text: those whose prompt or answer holds it alone, in whichever case.
+        """
         query = select(ExchangeRow).order_by(ExchangeRow.created_s.desc()).limit(limit)
         if before_s is not None:
             query = query.where(ExchangeRow.created_s < before_s)
-        if flagged:
-            query = query.where(ExchangeRow.id.in_(select(AlertRow.exchange_id)))
+        if flagged or metric:
+            owners = select(AlertRow.exchange_id)
+            query = query.where(ExchangeRow.id.in_(owners.where(AlertRow.metric == metric) if metric else owners))
+        if text:
+            held = (column.icontains(text, autoescape=True) for column in (ExchangeRow.prompt, ExchangeRow.answer))
+            query = query.where(or_(*held))
         with self._reading() as session:
-            return [_plain(row, without=("rounds", "prompt", "answer")) for row in session.scalars(query)]
+            rows = list(session.scalars(query))
+            found = select(AlertRow.exchange_id, AlertRow.metric, AlertRow.action)
+            alerts = list(session.execute(found.where(AlertRow.exchange_id.in_([row.id for row in rows]))))
+            return [
+                _plain(row, without=("rounds", "prompt", "answer"))
+                | {
+                    "prompt_end": _cut(row.prompt, slice(-EXCERPT, None)),
+                    "answer_start": _cut(row.answer, slice(EXCERPT)),
+                }
+                | {"alerts": sorted(f"{metric}:{action}" for owner, metric, action in alerts if owner == row.id)}
+                for row in rows
+            ]
 
     def exchange(self, exchange_id: str) -> dict[str, Any] | None:
         """One exchange with its tokens and verdicts; None when there is none."""
@@ -341,6 +366,10 @@ def _begin_sqlite(connection: Connection) -> None:
     """A transaction that will write takes the lock at once: one that reads first could not get it later."""
     writes = connection.get_execution_options().get("writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _cut(text: str | None, part: slice) -> str | None:
+    return None if text is None else text[part]
 
 
 def _plain(row: Any, *, without: Sequence[str] = ()) -> dict[str, Any]:
