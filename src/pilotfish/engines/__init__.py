@@ -1,6 +1,7 @@
 """A prompt in, tokens with scores out."""
 
 from pilotfish.engines.answers import engine_acceptance, target_answers
+from pilotfish.engines.batch import Batch, Progress, generate_together
 from pilotfish.engines.contrast import Contrast, contrastive
 from pilotfish.engines.drafting import Drafting
 from pilotfish.engines.embedded import EmbeddedEngine, GenerationStream
@@ -22,6 +23,7 @@ from pilotfish.engines.speculate import Sampling
 
 __all__ = [
     "Attempt",
+    "Batch",
     "Contrast",
     "Drafting",
     "EmbeddedEngine",
@@ -30,6 +32,7 @@ __all__ = [
     "Generation",
     "GenerationStream",
     "Judge",
+    "Progress",
     "Request",
     "Round",
     "RoundEvent",
@@ -41,5 +44,6 @@ __all__ = [
     "VerdictEvent",
     "contrastive",
     "engine_acceptance",
+    "generate_together",
     "target_answers",
 ]

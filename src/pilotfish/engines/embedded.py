@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pilotfish.core import Message, Reader
 from pilotfish.engines.drafting import Drafting, weight_ratio
 from pilotfish.engines.escalate import Judge
-from pilotfish.engines.loop import Loop
+from pilotfish.engines.loop import Loop, driven
 from pilotfish.engines.records import Event, Generation
 from pilotfish.engines.request import Prompt, Request, Setup
 from pilotfish.engines.signals import SIGNALS
@@ -137,7 +137,10 @@ class GenerationStream(Iterator[Event]):
     ) -> None:
         loop = Loop(engine.setup, Prompt(prompt, ids, starts_reasoning), request)
         self.generation = loop.exchange.generation
-        self._events = loop.run()
+        self.setup = engine.setup
+        self.steps = loop.steps()
+        """For a `Batch`, which makes its passes together with those of other streams."""
+        self._events = driven(self.steps)
 
     def __next__(self) -> Event:
         return next(self._events)

@@ -9,13 +9,16 @@ One round of speculation:
 
 A drafted token's score counts once the token is committed; scores of rejected ones stay in the round's record as
 look-ahead. Whenever the answer takes tokens back, the round ends there and both caches roll back to what stays.
+
+The loop makes no pass itself: it yields the `Pass` that it needs and is sent its logits, so that the passes of many
+answers can be one (`batch`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -24,19 +27,23 @@ from torch import Tensor
 
 from pilotfish.engines.drafting import DraftLength
 from pilotfish.engines.exchange import Exchange
-from pilotfish.engines.reader import CachedModel
+from pilotfish.engines.reader import CachedModel, Pass, chunks_of
 from pilotfish.engines.records import Event, Scores, Token
 from pilotfish.engines.request import Prompt, Request, Setup
 from pilotfish.engines.signals import NO_DRAFT, NO_TARGET, Signals, compare
 from pilotfish.engines.speculate import accept, distribution, likeliest, sample
 from pilotfish.runs import generator
-from pilotfish.taps import edited
+from pilotfish.taps import Edit
 
 CATCH_UP = 16
 """While speculation is paused, the draft reads for the scores alone each time this many tokens wait."""
 
 Logits = Float[Tensor, "token vocab"]
 Row = Float[Tensor, "1 vocab"]
+Step = Event | Pass | None
+"""Of an answer's loop: something to tell, a pass to make, or the end of a round."""
+Steps = Generator[Step, Logits | None, None]
+"""It is sent the logits of a pass, and None after all else."""
 
 
 class Proposal(NamedTuple):
@@ -72,25 +79,30 @@ class Loop:
         """The last token, if the draft has yet to say what it thought of it, with the target's logits before it."""
         self._was_paused = False
 
-    def run(self) -> Generator[Event, None, None]:
-        """The events of the whole generation."""
+    def run(self) -> Iterator[Event]:
+        """The events of the whole generation, its passes made one by one."""
+        return driven(self.steps())
+
+    def steps(self) -> Steps:
+        """The whole generation, for whoever makes its passes."""
         started = time.perf_counter()
         exchange = self.exchange
         while exchange.finish is None:
             while exchange.finish is None:
                 yield from self._round()
+                yield None
             yield from self._close()  # may take tokens back, and then the answer goes on
         exchange.generation.finish_reason = exchange.finish
         exchange.generation.seconds = time.perf_counter() - started
 
-    def _round(self) -> Generator[Event, None, None]:
+    def _round(self) -> Steps:
         exchange = self.exchange
         exchange.number += 1
         paused = self._draft is None or self._length.is_paused
         self._note(paused)
         logits = None
         if self._draft is not None and (not paused or exchange.defers or self._must_read_for_scores()):
-            logits = self._read_draft(num_logits=int(not paused or exchange.defers))
+            logits = yield from self._read_draft(num_logits=int(not paused or exchange.defers))
             exchange.generation.num_taxed_reads += paused and not exchange.defers
             if (yield from self._advance()):
                 return
@@ -99,19 +111,20 @@ class Loop:
             assert logits is not None, "a gate goes up by taking tokens back, which ends a round"
             yield from self._deferred(logits)
             return
-        proposal = self._propose(logits) if not paused and logits is not None else Proposal([], [], [], [])
+        proposal = Proposal([], [], [], [])
+        if not paused and logits is not None:
+            proposal = yield from self._propose(logits)
         if self._request.policy.looks_ahead and proposal.scores:
             if (yield from self._advance()):
                 return
             yield from exchange.foresee(proposal.scores)
         yield from self._verified(proposal)
 
-    def _verified(self, proposal: Proposal) -> Generator[Event, None, None]:
+    def _verified(self, proposal: Proposal) -> Steps:
         """The second half of a round: what the target keeps of a proposal, and its own next token."""
         exchange, drafted, start = self.exchange, proposal.tokens, len(self.exchange.ids)
         edits = exchange.edits
-        with self._edited(edits):
-            own = self._read(self._target, drafted, num_logits=len(drafted) + 1)
+        own = yield from self._read(self._target, drafted, num_logits=len(drafted) + 1)
         allowed = _without(own, exchange.banned)
         acceptance = accept(drafted, proposal.probs, allowed, self._request.sampling, generator=self._accept_random)
         committed = [*drafted[: acceptance.num_accepted], acceptance.next_token]
@@ -125,7 +138,7 @@ class Loop:
             yield exchange.record(start, drafted, proposal.scores, acceptance.num_accepted)
         yield from self._advance()
 
-    def _deferred(self, logits: Row) -> Generator[Event, None, None]:
+    def _deferred(self, logits: Row) -> Steps:
         """The draft's own token, drawn as the request asks; the target reads it later."""
         exchange, sampling = self.exchange, self._request.sampling
         allowed = _without(logits, exchange.banned)
@@ -134,16 +147,15 @@ class Loop:
         exchange.append(chosen, "draft", signals=signals).is_deferred = True
         yield from self._advance()
 
-    def _close(self) -> Generator[Event, None, None]:
+    def _close(self) -> Steps:
         """Scores the tokens that no later round will read: one more step of the draft."""
         generation, banks, holds = self.exchange.generation, self._setup.banks, self.exchange.holds
         if banks and any(token.scores is None for token in generation.tokens):
             target_reads = "target" in banks and (self._was_paused or "draft" not in banks)
             if self._draft is not None and not target_reads and (self._request.flush or holds):
-                self._read_draft(num_logits=0)
+                yield from self._read_draft(num_logits=0)
             elif holds:
-                with self._edited(self.exchange.edits):
-                    self._read(self._target, num_logits=0)
+                yield from self._read(self._target, num_logits=0)
                 generation.num_taxed_reads += 1
             reason = "the last tokens: reading them would cost one more pass"
             for token in generation.tokens:
@@ -163,25 +175,33 @@ class Loop:
 
     # One model pass each.
 
-    def _read(self, model: CachedModel, drafted: Sequence[int] = (), *, num_logits: int) -> Logits:
+    def _read(
+        self, model: CachedModel, drafted: Sequence[int] = (), *, num_logits: int
+    ) -> Generator[Pass | None, Logits | None, Logits]:
         """Lets a model consume what it has not yet, drafted tokens last, and fills in the scores that no reader gave
-        before.
+        before. Of a long prompt each chunk is a round of its own, so that other answers never wait for all of it.
         """
         first = model.length
         unread = self.exchange.ids[first:]
-        logits = model.read([*unread, *drafted], num_logits)
+        edits = self._edits_on(model)
+        *before, last = chunks_of([*unread, *drafted], num_logits)
+        for chunk in before:
+            yield Pass(model, chunk, 0, edits)
+            yield None
+        logits = yield Pass(model, last, num_logits, edits)
+        assert logits is not None, "a pass is answered with its logits"
         self._due += self.exchange.generation.tokens[first : first + len(unread)]
         if model is not self._draft or self.exchange.holds or num_logits == 0:
             self._collect(model)
         return logits
 
-    def _read_draft(self, *, num_logits: int) -> Logits:
+    def _read_draft(self, *, num_logits: int) -> Generator[Pass | None, Logits | None, Logits]:
         """The draft's reading at the beginning of a round; an open token's signals come with it."""
         assert self._draft is not None
         if self._open is None:
-            return self._read(self._draft, num_logits=num_logits)
+            return (yield from self._read(self._draft, num_logits=num_logits))
         (token, target), self._open = self._open, None
-        logits = self._read(self._draft, num_logits=2)
+        logits = yield from self._read(self._draft, num_logits=2)
         self._collect(self._draft)
         token.signals = compare([token.id], target, logits[:1])[0]
         return logits[2 - num_logits :]
@@ -198,7 +218,7 @@ class Loop:
         self._due = []
         return scores[len(due) :]
 
-    def _propose(self, logits: Row) -> Proposal:
+    def _propose(self, logits: Row) -> Generator[Pass, Logits | None, Proposal]:
         """Drafts tokens for as long as it pays. The last one is proposed, not read: it has no score yet."""
         assert self._draft is not None
         drafted: list[int] = []
@@ -209,7 +229,9 @@ class Loop:
         confidence = 1.0
         while len(drafted) < room and self._length.wants_more(len(drafted), confidence):
             if drafted:
-                logits = self._draft.read(drafted[-1:])
+                found = yield Pass(self._draft, drafted[-1:], 1)
+                assert found is not None, "a pass is answered with its logits"
+                logits = found
                 seen += [logits] if seen else []
             allowed = logits if drafted else _without(logits, banned)
             if self._request.sampling.greedy:
@@ -226,16 +248,11 @@ class Loop:
             if model is not None:
                 model.rollback(min(model.length, length))
 
-    @contextmanager
-    def _edited(self, names: Sequence[str]) -> Iterator[None]:
-        """With these edits on in the target's passes. A token's cache entries stay those of the pass that read it."""
-        if not names:
-            yield
-            return
-        edits = [edit for name in names for edit in self._setup.edits[name]]
-        prompt_length = self.exchange.generation.num_prompt_tokens
-        with edited(self._setup.pair.target, edits, prompt_length=prompt_length):
-            yield
+    def _edits_on(self, model: CachedModel) -> list[Edit]:
+        """What a model's passes are to write: edits are on the target."""
+        if model is not self._target:
+            return []
+        return [edit for name in self.exchange.edits for edit in self._setup.edits[name]]
 
     # The second signals.
 
@@ -285,6 +302,17 @@ class Loop:
         elif "draft" in banks:
             scorer = "the draft reads on for the scores alone, which costs extra"
         notes.append(f"token {position}: {why}; {scorer}")
+
+
+def driven(steps: Steps) -> Iterator[Event]:
+    """The events of one answer, each of its passes made as soon as it is asked for."""
+    logits: Logits | None = None
+    with suppress(StopIteration):
+        while True:
+            step = steps.send(logits)
+            logits = step.run() if isinstance(step, Pass) else None
+            if step is not None and not isinstance(step, Pass):
+                yield step
 
 
 def _without(logits: Logits, banned: frozenset[int]) -> Logits:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pilotfish.core import Reader
+from pilotfish.core import Reader, Site
 from pilotfish.engines.records import Scores
 from pilotfish.errors import GenerationError
 from pilotfish.heads import HeadBank
-from pilotfish.taps import tapped
+from pilotfish.taps import Edit, edited, tapped
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,12 @@ class CachedModel:
 
         `boundary` is the position where the answer begins, which is judged without a look back at the prompt.
         """
-        self._model = model
+        self.model = model
+        self.reader: Reader = reader
+        self.bank = bank
+        self.boundary = boundary
+        self.cache = DynamicCache()  # full layers even for sliding-window models, so that any rollback is exact
         self._vocab_size = vocab_size
-        self._reader = reader
-        self._bank = bank
-        self._boundary = boundary
-        self._cache = DynamicCache()  # full layers even for sliding-window models, so that any rollback is exact
         self._device = next(model.parameters()).device
         self.length = 0
         """Tokens consumed."""
@@ -63,11 +64,10 @@ class CachedModel:
             GenerationError: a logit is not finite: the model's output cannot be used.
         """
         assert 0 <= num_logits <= len(ids) > 0, "logits follow consumed tokens"
-        head = max(0, len(ids) - max(num_logits, CHUNK))
-        for start in range(0, head, CHUNK):
-            self._forward(ids[start : min(start + CHUNK, head)], 0)
-            self._score()  # so that a long prompt's features are never all in memory
-        return self._forward(ids[head:], num_logits)
+        *first, last = chunks_of(ids, num_logits)
+        for chunk in first:
+            self._forward(chunk, 0)
+        return self._forward(last, num_logits)
 
     def take_scores(self) -> list[Scores]:
         """The scores of all tokens read since the last call, in order; empty without a bank."""
@@ -79,51 +79,64 @@ class CachedModel:
         """Forgets all but the first `length` tokens."""
         assert 0 <= length <= self.length and not self._num_unscored, "rollback goes back, over scored tokens"
         if length < self.length:
-            self._cache.crop(length - self.length)
+            self.cache.crop(length - self.length)
             self.length = length
             self._channels = self._channels[:length]
 
-    def _forward(self, ids: Sequence[int], num_logits: int) -> Float[Tensor, "token vocab"]:
-        batch = torch.tensor([list(ids)], device=self._device)
-        model = self._model if num_logits else self._model.base_model
-        options = {"logits_to_keep": num_logits} if num_logits else {}
-        with tapped(self._model, self._bank.sites) if self._bank else nullcontext() as taps:
-            output = model(batch, past_key_values=self._cache, use_cache=True, **options)
-            if self._bank is not None:
-                self._keep_features(self._bank, taps, len(ids))
-        self.length += len(ids)
-        if not num_logits:
-            return torch.empty(0, self._model.config.vocab_size)
-        logits: Tensor = output.logits[0, :, : self._vocab_size]
-        if not bool(torch.isfinite(logits[-1].sum())):
+    def cut_back(self, length: int) -> None:
+        """Takes out of the cache what a forward pass that failed left in some of its layers."""
+        layers: list[Any] = self.cache.layers  # of a `DynamicCache` all keep keys and values
+        for layer in layers:
+            layer.crop(length - layer.get_seq_length())
+
+    def note(self, num_tokens: int, taps: Mapping[Site, Tensor]) -> None:
+        """Keeps what a forward pass left of new tokens at the bank's sites; the cache has them already."""
+        if self.bank is not None:
+            self._keep_features(self.bank, taps, num_tokens)
+        self.length += num_tokens
+        if self._num_unscored >= CHUNK:
+            self._score()  # so that a long prompt's features are never all in memory
+
+    def checked(self, logits: Float[Tensor, "token vocab"]) -> Float[Tensor, "token vocab"]:
+        """The last tokens' logits, cut to the vocabulary; raises where they cannot be used."""
+        if not bool(torch.isfinite(logits[-1:, : self._vocab_size].sum())):
             raise GenerationError(
-                f"the {self._reader}'s logits at position {self.length - 1} are not finite; "
+                f"the {self.reader}'s logits at position {self.length - 1} are not finite; "
                 "check its weights and dtype (float16 overflows in some models; use bfloat16 or float32)"
             )
-        return logits
+        return logits[:, : self._vocab_size]
 
-    def _keep_features(self, bank: HeadBank, taps: object, num_tokens: int) -> None:
+    def _forward(self, ids: Sequence[int], num_logits: int) -> Float[Tensor, "token vocab"]:
+        batch = torch.tensor([list(ids)], device=self._device)
+        model = self.model if num_logits else self.model.base_model
+        options = {"logits_to_keep": num_logits} if num_logits else {}
+        with tapped_for(self.model, self.bank) as taps:
+            output = model(batch, past_key_values=self.cache, use_cache=True, **options)
+            self.note(len(ids), taps)
+        return self.checked(output.logits[0]) if num_logits else torch.empty(0, self.model.config.vocab_size)
+
+    def _keep_features(self, bank: HeadBank, taps: Mapping[Site, Tensor], num_tokens: int) -> None:
         self._num_unscored += num_tokens
         try:
-            self._features.append(bank.features(taps))  # type: ignore[arg-type]  # Taps is the Mapping
+            self._features.append(bank.features(taps))
         except Exception:  # too few rows then make all of the batch unscored
             logger.exception("reading the sites failed")
 
     @torch.inference_mode()
     def _score(self) -> None:
         """One fused matmul for all metrics and waiting tokens; what goes wrong becomes unscored tokens."""
-        if self._bank is None or not self._num_unscored:
+        if self.bank is None or not self._num_unscored:
             return
-        bank, features, num_tokens = self._bank, self._features, self._num_unscored
+        bank, features, num_tokens = self.bank, self._features, self._num_unscored
         self._features, self._num_unscored, past = [], 0, self._channels
         try:
             new = bank.channels(torch.cat(features))
             if len(new) != num_tokens:
                 raise ValueError(f"{len(new)} rows of features for {num_tokens} tokens")
             self._channels = torch.cat([past, new]) if len(past) else new
-            found = bank.score(self._channels, num_tokens, boundary=self._boundary)
+            found = bank.score(self._channels, num_tokens, boundary=self.boundary)
             self._scores += [
-                Scores(bank.metrics, values, self._reader, running=running)
+                Scores(bank.metrics, values, self.reader, running=running)
                 for values, running in zip(found.tokens.tolist(), found.running.tolist(), strict=True)
             ]
         except Exception as error:
@@ -132,4 +145,35 @@ class CachedModel:
             gap = torch.full((num_tokens, bank.num_channels), torch.nan, device=self._device)
             self._channels = torch.cat([past, gap]) if len(past) else gap
             reason = f"head failed: {type(error).__name__}: {error}"
-            self._scores += [Scores(bank.metrics, None, self._reader, reason) for _ in range(num_tokens)]
+            self._scores += [Scores(bank.metrics, None, self.reader, reason) for _ in range(num_tokens)]
+
+
+def tapped_for(model: PreTrainedModel, bank: HeadBank | None) -> AbstractContextManager[Mapping[Site, Tensor]]:
+    """Reads what a bank wants of a model; nothing without one."""
+    return tapped(model, bank.sites) if bank is not None else nullcontext({})
+
+
+def chunks_of(ids: Sequence[int], num_logits: int) -> list[Sequence[int]]:
+    """A text as the forward passes that read it, the logits all from the last."""
+    head = max(0, len(ids) - max(num_logits, CHUNK))
+    return [*(ids[start : min(start + CHUNK, head)] for start in range(0, head, CHUNK)), ids[head:]]
+
+
+class Pass(NamedTuple):
+    """A read that an answer's loop asks for; who drives the loop makes it, alone or with those of other answers."""
+
+    model: CachedModel
+    ids: Sequence[int]
+    num_logits: int
+    edits: Sequence[Edit] = ()
+
+    def run(self) -> Float[Tensor, "token vocab"]:
+        """Makes it alone. A token's cache entries stay those of the pass that read it, edits included.
+
+        Raises:
+            GenerationError: as `CachedModel.read` does.
+        """
+        if not self.edits:
+            return self.model.read(self.ids, self.num_logits)
+        with edited(self.model.model, self.edits, prompt_length=self.model.boundary):
+            return self.model.read(self.ids, self.num_logits)
