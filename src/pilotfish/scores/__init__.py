@@ -26,6 +26,7 @@ from pilotfish.scores.distillation import Answer, TargetRecording, answer_of, di
 from pilotfish.scores.drift import Change, Drift, Tolerances, compare_configurations
 from pilotfish.scores.evaluation import compare, evaluate
 from pilotfish.scores.fitted import FittedHead, Reading, fit_head
+from pilotfish.scores.fusion import Fusion, SignalText, cross_fitted, fit_fusion, fusion_gain
 from pilotfish.scores.joint import JointConfig, JointLoss, Lessons, Tuned, tune
 from pilotfish.scores.judge import judge_question, judge_responses
 from pilotfish.scores.lexical import lexical_control, wordless_positives, wordy_negatives
@@ -59,6 +60,7 @@ __all__ = [
     "Drift",
     "Estimate",
     "FittedHead",
+    "Fusion",
     "HeldOut",
     "Interval",
     "Isotonic",
@@ -75,6 +77,7 @@ __all__ = [
     "RocPoint",
     "Scored",
     "ScoredText",
+    "SignalText",
     "Spans",
     "TargetRecording",
     "Threshold",
@@ -97,13 +100,16 @@ __all__ = [
     "compare",
     "compare_configurations",
     "cost_over_judge",
+    "cross_fitted",
     "detect",
     "divergence",
     "evaluate",
     "expected_calibration_error",
     "false_stops_per_1000",
     "fine_tuned_scores",
+    "fit_fusion",
     "fit_head",
+    "fusion_gain",
     "head_flops_per_token",
     "isotonic",
     "judge_question",
