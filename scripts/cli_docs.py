@@ -8,14 +8,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 VERBS = tuple(
-    ROOT / "src/pilotfish/cli" / name for name in ("verbs.py", "policy_verbs.py", "steer_verbs.py", "server_verbs.py")
+    ROOT / "src/pilotfish/cli" / name
+    for name in ("verbs.py", "policy_verbs.py", "steer_verbs.py", "discover_verbs.py", "server_verbs.py")
 )
 PAGE = ROOT / "docs/cli.md"
 INTRO = """# Commands
 
 `pilotfish VERB --help` prints the same. Exit codes: 0 done, 1 an error that the message explains, 2 a wrong flag,
 130 interrupted. `pilotfish bench tax` and `pilotfish bench-tax` are one; so are `policy check`, `policy dry-run`,
-`steer calibrate` and `steer verify` with a hyphen.
+`steer calibrate`, `steer verify` and `discover promote` with a hyphen.
 """
 
 

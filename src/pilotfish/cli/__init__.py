@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from pilotfish.cli.discover_verbs import Discover, DiscoverPromote
 from pilotfish.cli.policy_verbs import PolicyCheck, PolicyDryRun
 from pilotfish.cli.server_verbs import Keys, Serve
 from pilotfish.cli.steer_verbs import Steer, SteerCalibrate, SteerVerify
@@ -39,10 +40,19 @@ Verb = (
     | Annotated[Steer, tyro.conf.subcommand("steer")]
     | Annotated[SteerCalibrate, tyro.conf.subcommand("steer-calibrate")]
     | Annotated[SteerVerify, tyro.conf.subcommand("steer-verify")]
+    | Annotated[Discover, tyro.conf.subcommand("discover")]
+    | Annotated[DiscoverPromote, tyro.conf.subcommand("discover-promote")]
     | Annotated[BenchTax, tyro.conf.subcommand("bench-tax")]
 )
 
-TWO_WORDS = {("bench", "tax"), ("policy", "check"), ("policy", "dry-run"), ("steer", "calibrate"), ("steer", "verify")}
+TWO_WORDS = {
+    ("bench", "tax"),
+    ("discover", "promote"),
+    ("policy", "check"),
+    ("policy", "dry-run"),
+    ("steer", "calibrate"),
+    ("steer", "verify"),
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -25,8 +25,8 @@ LOW_DOSE = 0.1
 
 class Radius(NamedTuple):
     value: float
-    ratio: float
-    """The linearity ratio at `value`: 0 where the response is linear."""
+    ratio: float | None
+    """The linearity ratio at `value`: 0 where the response is linear; None for a length that was given."""
     dose: float | None
     """`value` over the median length of the stream at the source; None for a response that is no model's."""
     warnings: tuple[str, ...]

@@ -98,6 +98,13 @@ class Slice(Response):
         """
         return self._read(theta) - self._before
 
+    def states(self, theta: Float[Tensor, "vector hidden"]) -> Float[Tensor, "vector read hidden"]:
+        """The activations at the read tokens of the target, with each vector added; a row of zeros is the model as it
+        is.
+        """
+        with torch.no_grad():
+            return torch.cat([self._read(chunk) for chunk in torch.split(theta, self.rows_per_chunk)])
+
     def source_norms(self) -> Float[Tensor, " read"]:
         """The lengths of the activation at the read tokens of the source: what a radius is small or large against."""
         seen: list[Tensor] = []
