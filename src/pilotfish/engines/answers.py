@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from pilotfish.core import Conversation, Message
+from pilotfish.engines.batch import LARGEST, Batch
 from pilotfish.engines.drafting import Drafting
-from pilotfish.engines.embedded import EmbeddedEngine
+from pilotfish.engines.embedded import EmbeddedEngine, GenerationStream
 from pilotfish.engines.records import Generation
 from pilotfish.engines.request import Request
 from pilotfish.engines.speculate import Sampling
@@ -51,15 +52,19 @@ def target_answers(
     with ExitStack() as stack:
         kept = stack.enter_context(Journal(journal)) if journal is not None else None
         known = {row["key"]: row for row in kept.rows} if kept is not None else {}
-        for prompt in progress(prompts, "answers", total=len(prompts)):
-            own = _seeded(request, prompt)
-            key = _key(pair, prompt, own)
-            row = known.get(key) or {"key": key, **_sampled(engine, prompt, own)}
-            if kept is not None and key not in known:
-                kept.append(row)
-            if row["ids"]:
-                is_answer = torch.arange(len(row["ids"])) >= row["num_prompt"]
-                answers.append(Answer(prompt.id, prompt.group, tuple(row["ids"]), is_answer))
+        parts = [prompts[first : first + LARGEST] for first in range(0, len(prompts), LARGEST)]
+        for some in progress(parts, "answers, by batch", total=len(parts)):
+            asked = {_key(pair, prompt, own): (prompt, own) for prompt in some for own in [_seeded(request, prompt)]}
+            new = {key: asked[key] for key in asked if key not in known}
+            for key, row in zip(new, _sampled(engine, list(new.values())), strict=True):
+                known[key] = {"key": key, **row}
+                if kept is not None:
+                    kept.append(known[key])
+            for key, (prompt, _) in asked.items():
+                ids = known[key]["ids"]
+                if ids:
+                    is_answer = torch.arange(len(ids)) >= known[key]["num_prompt"]
+                    answers.append(Answer(prompt.id, prompt.group, tuple(ids), is_answer))
     if not answers:
         raise TextError(f"none of the {len(prompts)} prompts can be answered; give some with text that fit the models")
     return answers
@@ -88,28 +93,42 @@ def engine_acceptance(
     groups: list[str] = []
     accepted: list[int] = []
     for prompt in progress(prompts, "speculating", total=len(prompts)):
-        generation = _generated(engine, prompt, _seeded(request, prompt))
-        rounds = generation.rounds if generation is not None else []
+        stream = _stream(engine, prompt, _seeded(request, prompt))
+        if stream is None:
+            continue
+        for _ in stream:
+            pass
+        rounds = stream.generation.rounds
         groups += [prompt.group] * len(rounds)
         accepted += [item.num_accepted for item in rounds]
     return bootstrap_by_group(mean_of(accepted), groups, generator=generator, num_resamples=num_resamples)
 
 
-def _sampled(engine: EmbeddedEngine, prompt: Conversation, request: Request) -> dict[str, Any]:
-    generation = _generated(engine, prompt, request)
+def _sampled(engine: EmbeddedEngine, asked: Sequence[tuple[Conversation, Request]]) -> list[dict[str, Any]]:
+    """The rows of the journal, from passes that the answers share."""
+    streams = [_stream(engine, prompt, request) for prompt, request in asked]
+    batch = Batch()
+    for stream in streams:
+        if stream is not None:
+            batch.join(stream)
+    while len(batch):
+        for progressed in batch.step():
+            if progressed.error is not None:
+                raise progressed.error
+    return [_row(stream.generation if stream is not None else None) for stream in streams]
+
+
+def _row(generation: Generation | None) -> dict[str, Any]:
     if generation is None:
         return {"ids": [], "num_prompt": 0}
     return {"ids": [token.id for token in generation.tokens], "num_prompt": generation.num_prompt_tokens}
 
 
-def _generated(engine: EmbeddedEngine, prompt: Conversation, request: Request) -> Generation | None:
+def _stream(engine: EmbeddedEngine, prompt: Conversation, request: Request) -> GenerationStream | None:
     try:
-        stream = engine.stream(_messages(prompt), request)
+        return engine.stream(_messages(prompt), request)
     except GenerationError:  # nothing is computed yet: the prompt is empty or too long
         return None
-    for _ in stream:
-        pass
-    return stream.generation
 
 
 def _messages(prompt: Conversation) -> tuple[Message, ...]:
