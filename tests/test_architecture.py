@@ -24,6 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"discovery"},
             {"engines", "reports"},
             {"server"},
+            {"vllm"},
             {"cli"},
         ],
     )
@@ -32,7 +33,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 FORBIDDEN_WORDS = ("manual_seed(", "np.random.", "random.seed", ".cuda(", "pickle", "torch.load", "torch.save")
 MAY_SEED = {"runs.py", "tiny.py"}
-MAY_CATCH_ALL = {"engines", "server"}
+MAY_CATCH_ALL = {"engines", "server", "vllm"}
 
 
 def modules() -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -141,6 +141,23 @@ class HeadBank:
             group = channels.index_select(1, chosen).reshape(len(channels), len(metrics), form.num_channels)
             tokens[:, metrics] = form.tokens(group[-num_new:], outputs)
             running[:, metrics] = form.running(group, outputs)[-num_new:]
+        return BankScores(tokens.sigmoid_(), running.sigmoid_())
+
+    def score_windows(
+        self, windows: Float[Tensor, "row window channel"], is_known: Bool[Tensor, "row window"]
+    ) -> BankScores:
+        """Probabilities of tokens of many sequences at once, each given with those before it.
+
+        Args:
+            windows: Channels of the last `self.window` tokens of a sequence, the one to be scored last.
+            is_known: Where a place lies inside the sequence, and for an answer not in its prompt.
+        """
+        tokens = windows.new_empty(len(windows), len(self.heads))
+        running = torch.empty_like(tokens)
+        for form, metrics, chosen, outputs in self._groups:
+            group = windows.index_select(2, chosen).reshape(*is_known.shape, len(metrics), form.num_channels)
+            tokens[:, metrics] = form.tokens(group[:, -1], outputs)
+            running[:, metrics] = form.at_end(group, is_known, outputs)
         return BankScores(tokens.sigmoid_(), running.sigmoid_())
 
     def score_text(self, features: Float[Tensor, "token feature"], *, boundary: int = 0) -> BankScores:

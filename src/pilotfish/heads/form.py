@@ -6,11 +6,12 @@ follows. It keeps no state but the channels of the last `window - 1` tokens, how
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pilotfish.errors import SettingError
@@ -80,16 +81,41 @@ class Form:
         self, channels: Float[Tensor, "token *head channel"], outputs: Float[Tensor, "*head output"]
     ) -> Float[Tensor, "token ..."]:
         """The response's logit after each token."""
-        hidden = self._hidden(channels, outputs)
+
+        def look_back(values: Tensor, fill: Tensor) -> Tensor:
+            return _windows(values, self.window, fill)
+
+        return self._response(self._hidden(channels, outputs), outputs, look_back)
+
+    def at_end(
+        self,
+        windows: Float[Tensor, "row window *head channel"],
+        is_known: Bool[Tensor, "row window"],
+        outputs: Float[Tensor, "*head output"],
+    ) -> Float[Tensor, "row ..."]:
+        """The response's logit at the end of each window, oldest token first; a place that is not known lies before
+        the beginning. All shapes are fixed, so that many sequences are read at once and a CUDA graph may hold it.
+        """
+        known = is_known[:, -self.window :]
+        flat = self._hidden(windows[:, -self.window :].flatten(0, 1), outputs)
+        hidden = flat.reshape(*known.shape, *flat.shape[1:])
+
+        def look_back(values: Tensor, fill: Tensor) -> Tensor:
+            return torch.where(known[(...,) + (None,) * (values.ndim - 2)], values, fill).movedim(1, -1)
+
+        return self._response(hidden, outputs, look_back)
+
+    def _response(self, hidden: Tensor, outputs: Tensor, look_back: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`look_back` gives the values of the window as the last axis, filled up where there are none."""
         match self.kind:
             case "linear" | "mlp":
-                return _windows(hidden[..., -1], self.window, outputs[..., -1]).mean(-1)
+                return look_back(hidden[..., -1], outputs[..., -1]).mean(-1)
             case "attention":
                 queries, values = hidden[..., 1:].chunk(2, dim=-1)
-                weights = _windows(queries, self.window, queries.new_tensor(-torch.inf)).softmax(-1)
-                return (weights * _windows(values, self.window, values.new_zeros(()))).sum(-1).sum(-1)
+                weights = look_back(queries, queries.new_full((), -torch.inf)).softmax(-1)
+                return (weights * look_back(values, values.new_zeros(()))).sum(-1).sum(-1)
             case "multimax":
-                maxima: Tensor = _windows(hidden[..., 1:], self.window, hidden.new_tensor(-torch.inf)).amax(-1)
+                maxima = look_back(hidden[..., 1:], hidden.new_full((), -torch.inf)).amax(-1)
                 return maxima.sum(-1)
 
     def _hidden(

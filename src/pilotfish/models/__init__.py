@@ -9,7 +9,7 @@ from pilotfish.models.families import (
     num_layers,
     site_module,
 )
-from pilotfish.models.identity import Identity, identify
+from pilotfish.models.identity import Identity, identify, identify_folder
 from pilotfish.models.pair import DEMO_PAIRS, LoadedModel, Pair, check_same_vocabulary, load_model, load_pair
 from pilotfish.models.tiny import tiny_model, tiny_pair, tiny_tokenizer
 from pilotfish.models.weights import default_cache, resolve
@@ -29,6 +29,7 @@ __all__ = [
     "family_named",
     "family_of",
     "identify",
+    "identify_folder",
     "load_model",
     "load_pair",
     "num_layers",

@@ -1,14 +1,20 @@
-"""A model and its tokenizer in, what tells them from all others out."""
+"""A model and its tokenizer, loaded or on disk, in; what tells them from all others out."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pilotfish.errors import WeightsError
 from pilotfish.models.families import num_layers
 
 SAMPLES_PER_PARAMETER = 64
@@ -39,7 +45,7 @@ def identify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: s
     """
     return Identity(
         name=name,
-        weights=_hash_of_weights(model),
+        weights=_hash_of_weights(sorted(model.named_parameters())),
         tokenizer=_hash_of_tokenizer(tokenizer),
         hidden_size=model.config.hidden_size,
         num_layers=num_layers(model),
@@ -47,9 +53,46 @@ def identify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: s
     )
 
 
-def _hash_of_weights(model: PreTrainedModel) -> str:
+def identify_folder(folder: Path, name: str) -> Identity:
+    """The identity of a model that transformers has saved, without loading it: only sampled pages are read.
+
+    Raises:
+        WeightsError: the folder holds no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        weights = _hash_of_weights(_stored_parameters(folder, is_tied=config.tie_word_embeddings))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise WeightsError(f"{folder} holds no model in safetensors that can be read: {error}") from error
+    return Identity(
+        name=name,
+        weights=weights,
+        tokenizer=_hash_of_tokenizer(tokenizer),
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+    )
+
+
+def _stored_parameters(folder: Path, *, is_tied: bool) -> Iterator[tuple[str, Tensor]]:
+    """As a loaded model names them: one that is tied has no output layer of its own."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise OSError("no *.safetensors file is there")
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
+        where = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+        if is_tied:
+            where.pop("lm_head.weight", None)
+        for key in sorted(where):  # one at a time
+            yield key, where[key].get_tensor(key)
+
+
+def _hash_of_weights(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Of parameters in the order of their names."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in parameters:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
         step = max(1, flat.numel() // SAMPLES_PER_PARAMETER)

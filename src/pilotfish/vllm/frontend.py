@@ -1,0 +1,86 @@
+"""Outputs of the engine core in; answers with a record of their scores beside them out.
+
+A record hangs on vLLM's own state of a request and on the outputs that are made of it, and goes when they go: there is
+no table that an abort could leave something in.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from pilotfish.vllm.compat import wrapped
+from pilotfish.vllm.plan import Plan
+from pilotfish.vllm.record import About, Record
+from pilotfish.vllm.settings import VllmSettings
+from pilotfish.vllm.wire import KEY, News
+
+
+def install(settings: VllmSettings) -> None:
+    """Wraps the front end's classes; what a client is told of is added by `serving`."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+    wrapped(AsyncLLM, "__init__", _knowing)
+    wrapped(LLMEngine, "__init__", _knowing)
+    wrapped(OutputProcessor, "process_outputs", _listening)
+    wrapped(RequestState, "_new_completion_output", _carrying)
+
+
+def record_of(completion: Any) -> Record | None:
+    """The record of one of a `RequestOutput`'s completions; None where none was kept."""
+    return getattr(completion, KEY, None)
+
+
+def _knowing(begin: Any) -> Any:
+    @functools.wraps(begin)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # it takes that one's place
+        begin(self, *args, **kwargs)
+        processor = self.output_processor
+        setattr(processor, KEY, About.of(Plan.of(self.vllm_config), processor.tokenizer))
+
+    return __init__
+
+
+def _listening(process: Any) -> Any:
+    @functools.wraps(process)
+    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        heard = []
+        for output in engine_core_outputs:
+            said = (output.kv_transfer_params or {}).pop(KEY, None)
+            output.kv_transfer_params = output.kv_transfer_params or None
+            state = self.request_states.get(output.request_id)
+            if said is None or state is None:
+                continue
+            news = News.unpacked(said)
+            if news.stops:
+                # vLLM hides the text of the token that ends an answer; this one has not even come here
+                state.detokenizer.include_stop_str_in_output = True
+            heard.append((_record(self, state), news, output))
+        done = process(self, engine_core_outputs, *args, **kwargs)
+        for record, news, output in heard:
+            record.add(news, output.new_token_ids)
+        return done
+
+    return process_outputs
+
+
+def _record(processor: Any, state: Any) -> Record:
+    record: Record | None = getattr(state, KEY, None)
+    if record is None:
+        about = getattr(processor, KEY)
+        stop = getattr(state.detokenizer, "stop", ())
+        record = Record(about, state.prompt, state.prompt_token_ids or (), stop)
+        setattr(state, KEY, record)
+    return record
+
+
+def _carrying(make: Any) -> Any:
+    @functools.wraps(make)
+    def _new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        completion = make(self, *args, **kwargs)
+        setattr(completion, KEY, getattr(self, KEY, None))
+        return completion
+
+    return _new_completion_output

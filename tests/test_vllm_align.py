@@ -1,0 +1,117 @@
+"""Rows of a pass, their places and the channels by slot: without vLLM, against one pass over each whole text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import windowed_bank
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pilotfish.vllm.align import places, rows_of_cached, rows_of_pass
+from pilotfish.vllm.cache import SlotCache
+from pilotfish.vllm.scorer import Batch, Scorer
+
+BLOCK = 4
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+def test_each_row_belongs_to_the_request_whose_rows_it_is_among():
+    rows = rows_of_pass(ints(0, 2, 2, 5), ints(7, 8, 0, 1, 2), ints(5, 6, 7, 8, 9), ints(0, 1, 2, 3, 4), shift=0)
+    assert rows.request.tolist() == [0, 0, 2, 2, 2] and rows.position.tolist() == [7, 8, 0, 1, 2]
+
+
+def test_rows_after_the_last_that_counts_have_no_slot():
+    starts, slots = ints(0, 3, 5), ints(10, 11, 12, 20, 21)
+    rows = rows_of_pass(starts, ints(4, 5, 6, 0, 1), ints(1, 2, 3, 4, 5), slots, last=ints(1, 4), shift=0)
+    assert rows.slot.tolist() == [10, 11, -1, 20, 21]
+
+
+def test_a_shifted_drafter_has_consumed_the_token_after_its_position():
+    rows = rows_of_pass(ints(0, 2), ints(0, 1), ints(8, 9), ints(0, 1), shift=1)
+    assert rows.position.tolist() == [1, 2]
+    assert rows_of_cached([3], [2], shift=1, device=torch.device("cpu")).position.tolist() == [1, 2]
+
+
+def test_cached_rows_count_up_in_each_request():
+    rows = rows_of_cached([2, 0], [3, 2], shift=0, device=torch.device("cpu"))
+    assert rows.request.tolist() == [2, 2, 2, 0, 0] and rows.position.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_an_answer_does_not_look_back_at_its_prompt_and_a_prompt_not_before_its_beginning():
+    rows = rows_of_pass(ints(0, 4), ints(0, 1, 2, 3), ints(9, 9, 9, 9), ints(0, 1, 2, 3), shift=0)
+    found = places(rows, ints(5, 6)[None], ints(2), window=3, block_size=2, shift=0)
+    assert found.is_known.tolist() == [
+        [False, False, True],
+        [False, True, True],
+        [False, False, True],
+        [False, True, True],
+    ]
+    assert found.slot[3].tolist() == [11, 12, 13]
+
+
+def test_a_forgotten_slot_and_an_empty_one_hold_no_number():
+    cache = SlotCache(4, 2, torch.device("cpu"))
+    cache.keep(ints(1, -1, 2), torch.ones(3, 2), ints(7, 8, 9))
+    cache.forget(ints(2, -1))
+    kept = cache.read(ints(0, 1, 2, 3)[:, None])
+    assert kept.channels.isnan().all(-1).flatten().tolist() == [True, False, True, True]
+    assert kept.token.tolist() == [-1, 7, -1, -1]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=4),
+    prompts=st.lists(st.integers(0, 14), min_size=4, max_size=4),
+    chunk=st.integers(1, 5),
+    shift=st.integers(0, 1),
+    seed=st.integers(0, 100),
+)
+def test_scores_in_steps_and_batches_are_those_of_whole_texts(pair, lengths, prompts, chunk, shift, seed):
+    bank, random = windowed_bank(pair), torch.Generator().manual_seed(seed)
+    features = [torch.randn(n, 3 * bank.identity.hidden_size, generator=random) for n in lengths]
+    blocks = torch.randperm(16, generator=random)[: 4 * len(lengths)].reshape(len(lengths), 4)
+    scorer = Scorer(bank, num_slots=64, block_size=BLOCK, shift=shift, device=torch.device("cpu"))
+    num_prompt_tokens = torch.tensor(prompts[: len(lengths)])
+    found = [torch.full((n + shift, 2 * len(bank.metrics)), torch.nan) for n in lengths]
+    for begin in range(0, max(lengths), chunk):
+        parts = [range(begin, min(begin + chunk, n)) for n in lengths]
+        starts = torch.tensor([0, *torch.tensor([len(part) for part in parts]).cumsum(0).tolist()])
+        at = torch.tensor([place for part in parts for place in part])
+        owner = torch.tensor([i for i, part in enumerate(parts) for _ in part])
+        slots = blocks[owner, at // BLOCK] * BLOCK + at % BLOCK
+        rows = rows_of_pass(starts, at, at + 100, slots, shift=shift)
+        given_features = torch.cat([features[i][part.start : part.stop] for i, part in enumerate(parts) if part])
+        table = scorer.read(given_features, rows, Batch(blocks, num_prompt_tokens))
+        assert table[:, 2].tolist() == (at + 100).tolist()
+        for row in table:
+            found[int(row[0])][int(row[1])] = row[3:]
+    for i, text in enumerate(features):
+        wanted = bank.score_text(text, boundary=max(0, prompts[i] - shift))
+        torch.testing.assert_close(found[i][shift:], torch.cat(wanted, dim=1), atol=1e-5, rtol=0)
+
+
+def test_what_was_cached_comes_first_and_with_the_same_scores(pair):
+    bank = windowed_bank(pair)
+    features = torch.randn(8, 3 * bank.identity.hidden_size, generator=torch.Generator().manual_seed(0))
+    scorer = Scorer(bank, num_slots=32, block_size=BLOCK, shift=0, device=torch.device("cpu"))
+    place = torch.arange(8)
+    rows = rows_of_pass(ints(0, 8), place, place, place, shift=0)
+    first = scorer.read(features, rows, Batch(ints(0, 1)[None], ints(8)))
+    late = rows_of_pass(ints(0, 4), place[4:], place[4:], place[4:] + 16, shift=0)
+    spared = rows_of_cached([0], [4], shift=0, device=torch.device("cpu"))
+    again = scorer.read(features[4:], late, Batch(ints(0, 5)[None], ints(8)), spared)
+    assert torch.equal(first[:4], again[:4])
+    torch.testing.assert_close(first, again, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("slot", [-1, 3])
+def test_a_rejected_row_is_nobodys(pair, slot):
+    bank = windowed_bank(pair)
+    scorer = Scorer(bank, num_slots=8, block_size=BLOCK, shift=0, device=torch.device("cpu"))
+    rows = rows_of_pass(ints(0, 1), ints(3), ints(5), ints(slot), shift=0)
+    table = scorer.read(torch.zeros(1, 3 * bank.identity.hidden_size), rows, Batch(ints(0, 1)[None], ints(0)))
+    assert int(table[0, 0]) == (-1 if slot < 0 else 0)
