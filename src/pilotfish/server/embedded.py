@@ -1,7 +1,8 @@
-"""The embedded engine as a server's engine: one thread that gives each stream its turn.
+"""The embedded engine as a server's engine: one thread that decodes all answers together.
 
-All that touches models or tokenizer happens on that thread: taps hang on the models themselves, so two passes at once
-would read one another's states.
+A request joins the others between two rounds of speculation and leaves whenever it ends. All that touches models or
+tokenizer happens on that thread: taps hang on the models themselves, so two passes at once would read one another's
+states.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkabl
 
 from pilotfish.actions import Policy
 from pilotfish.core import Conversation, Message, TokenScore
-from pilotfish.engines import EmbeddedEngine, Event, Generation, GenerationStream, Request, TokenEvent
+from pilotfish.engines import Batch, EmbeddedEngine, Event, Generation, GenerationStream, Progress, Request
 from pilotfish.errors import Busy, EngineFailed, GenerationError, PilotfishError, TextError
 from pilotfish.scores import score_tokens
 from pilotfish.server.backend import Call, EngineInfo, HeadInfo, ScoredText
@@ -59,10 +60,13 @@ class _Job(Protocol):
 
 
 class EmbeddedBackend:
-    """Serves an `EmbeddedEngine`: up to `max_streams` generations a token each in turn, the rest in a queue."""
+    """Serves an `EmbeddedEngine`: up to `max_streams` generations together, the rest in a queue."""
 
     def __init__(self, engine: EmbeddedEngine, *, max_streams: int = 8, max_queue: int = 32) -> None:
+        """Raises `SettingError` for more streams than a `Batch` takes."""
         self._engine = engine
+        self._batch = Batch(max_streams=max_streams)
+        self._decoding: dict[GenerationStream, EmbeddedStream] = {}
         self._max_streams, self._max_queue = max_streams, max_queue
         self._waiting: deque[_Job] = deque()
         self._running: list[_Job] = []
@@ -134,15 +138,16 @@ class EmbeddedBackend:
                 if self._closing:
                     job.cancelled = True
                 if not self._turn(job):
-                    with self._condition:
-                        self._running.remove(job)
+                    self._remove(job)
+            self._step()
 
     def _admit(self) -> bool:
         """Fills free places from the queue, waiting for work; False when the backend is to end."""
         with self._condition:
             while not (self._running or self._waiting or self._closing):
                 self._condition.wait()
-            while self._waiting and (len(self._running) < self._max_streams or self._closing):
+            is_open = self._batch.is_between_rounds or self._closing
+            while is_open and self._waiting and (len(self._running) < self._max_streams or self._closing):
                 self._running.append(self._waiting.popleft())
             return bool(self._running)
 
@@ -156,8 +161,34 @@ class EmbeddedBackend:
             job.end(error)
         except Exception as error:
             logger.exception("the engine failed")
-            job.end(EngineFailed(f"the engine failed ({type(error).__name__}); the server's log says more"))
+            job.end(_failure(error))
         return False
+
+    def _remove(self, job: _Job) -> None:
+        with self._condition:
+            self._running.remove(job)
+
+    def _join(self, stream: GenerationStream, job: EmbeddedStream) -> None:
+        self._batch.join(stream)
+        self._decoding[stream] = job
+
+    def _leave(self, stream: GenerationStream) -> None:
+        self._batch.leave(stream)
+        self._decoding.pop(stream, None)
+
+    def _step(self) -> None:
+        """One forward pass of the batch; whatever it tells goes out."""
+        try:
+            found = self._batch.step()
+        except Exception as error:
+            logger.exception("the batch failed; its answers are ended")
+            found = [Progress(stream, [], True, error) for stream in self._decoding]
+        for progress in found:
+            job = self._decoding[progress.stream]
+            job.tell(progress.events)
+            if progress.is_over:
+                job.end(None if progress.error is None else _failure(progress.error))
+                self._remove(job)
 
     def _note_duration(self, seconds: float) -> None:
         self._mean_s += _SMOOTHING * (seconds - self._mean_s)
@@ -170,7 +201,7 @@ class EmbeddedStream:
         self._backend, self._call = backend, call
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[_Item] = asyncio.Queue()
-        self._events: GenerationStream | None = None
+        self._stream: GenerationStream | None = None
         self._started = 0.0
         self.cancelled = False
 
@@ -196,24 +227,22 @@ class EmbeddedStream:
         self._backend._drop(self)
 
     def turn(self) -> bool:
-        """Up to the next token; on the engine's thread."""
-        if self._events is None:
+        """Joins the others, once; on the engine's thread."""
+        if self._stream is None:
             self._started = time.monotonic()
-            self._events = _open(self._backend._engine, self._call)
-            self._post(_Opened(self._events.generation))
-            return True
-        batch: list[Event] = []
-        for event in self._events:
-            batch.append(event)
-            if isinstance(event, TokenEvent):
-                self._post(batch)
-                return True
-        self._post(batch)
-        self._backend._note_duration(time.monotonic() - self._started)
-        self.end(None)
-        return False
+            self._stream = _open(self._backend._engine, self._call)
+            self._post(_Opened(self._stream.generation))
+            self._backend._join(self._stream, self)
+        return True
+
+    def tell(self, events: list[Event]) -> None:
+        if events:
+            self._post(events)
 
     def end(self, error: PilotfishError | None) -> None:
+        if self._stream is not None:
+            self._backend._leave(self._stream)
+            self._backend._note_duration(time.monotonic() - self._started)
         self._post(_Ended(error))
 
     def _post(self, item: _Item) -> None:
@@ -248,6 +277,13 @@ class _Work(Generic[T]):
             self.future.set_result(self._results)
         else:
             self.future.set_exception(error)
+
+
+def _failure(error: Exception) -> PilotfishError:
+    """What the client is told; only our own errors say more than that there was one."""
+    if isinstance(error, PilotfishError):
+        return error
+    return EngineFailed(f"the engine failed ({type(error).__name__}); the server's log says more")
 
 
 def _post(loop: asyncio.AbstractEventLoop, call: Any, item: Any) -> None:
