@@ -253,8 +253,8 @@ def test_a_list_can_be_searched_and_shows_how_each_exchange_began_and_what_it_ra
         "no wildcards": [],
     }
     newest, oldest = store.exchanges(limit=9)
-    assert (newest["prompt_end"], newest["answer_start"], newest["alerts"]) == ("t0t1", "t2", ["m:flag", "n:stop"])
-    assert oldest["prompt_end"] == "." * 400
+    assert (newest["asked"], newest["answer_start"], newest["alerts"]) == ("t0t1", "t2", ["m:flag", "n:stop"])
+    assert oldest["asked"] == "what is 100%?" + "." * 387
     assert oldest["alerts"] == []
 
 

@@ -78,11 +78,24 @@ export class Reader {
     this.panel.replaceChildren(
       make("p", { class: "quote" }, make("b", {}, ...stop.node.cloneNode(true).childNodes)),
       make("p", { class: "caption" }, describe(stop)),
-      make("ul", { class: "scores" }, ...stop.text.exchange.metrics.map((metric) => this.scoreLine(stop, metric))),
+      ...this.scoreLists(stop),
       ...this.decisions(stop).map((text) => make("p", { class: "decision" }, text)),
     );
     if (stop !== this.pinned) return;
     this.panel.append(make("p", { class: "caption pin" }, "Pinned. ", make("button", { type: "button", class: "link" }, "Let go")));
+  }
+
+  /** Heads, then the second signals, which open on demand. */
+  scoreLists(stop) {
+    const { metrics } = stop.text.exchange;
+    const list = (names) => make("ul", { class: "scores" }, ...names.map((metric) => this.scoreLine(stop, metric)));
+    const signals = metrics.filter((metric) => metric.startsWith("signal."));
+    if (!signals.length) return [list(metrics)];
+    const more = make("details", { class: "caption" }, make("summary", {}, "How draft and target disagree"), list(signals));
+    more.open = this.showsSignals ?? this.choice.metric.startsWith("signal.");
+    more.addEventListener("toggle", () => { this.showsSignals = more.open; });
+    const heads = metrics.filter((metric) => !signals.includes(metric));
+    return [...(heads.length ? [list(heads)] : []), more];
   }
 
   scoreLine({ token, isRejected, text }, metric) {
@@ -112,5 +125,6 @@ function describe({ token, round, isRejected }) {
   const origins = { prompt: "in the prompt", draft: "drafted, and accepted by the target", target: "written by the target" };
   const origin = isRejected ? "drafted, and rejected by the target" : origins[token.origin];
   const turn = round == null || token.origin === "prompt" ? "" : `, round ${round}`;
-  return `Token ${token.position}${turn}: ${origin}${token.reader ? `; read by the ${token.reader}` : ""}.`;
+  const sent = token.is_emitted === false && token.origin !== "prompt" ? "; held back, never sent" : "";
+  return `Token ${token.position}${turn}: ${origin}${token.reader ? `; read by the ${token.reader}` : ""}${sent}.`;
 }

@@ -32,10 +32,10 @@ export class TokenText {
   }
 
   clear() {
-    Object.assign(this, { stops: [], byPosition: new Map(), waiting: new Map(), tabStop: null });
+    Object.assign(this, { stops: [], byPosition: new Map(), waiting: new Map() });
     for (const side of Object.values(this.sides)) {
       side.node.replaceChildren();
-      side.block = null;
+      side.block = side.tabStop = null;
     }
   }
 
@@ -43,11 +43,16 @@ export class TokenText {
   set(exchange, notes = new Map()) {
     this.clear();
     for (const round of exchange.rounds ?? []) this.addRound(round);
-    for (const token of exchange.tokens) {
-      if (notes.has(token.position)) this.pendingNote = notes.get(token.position);
-      this.add(token);
-    }
+    for (const token of exchange.tokens) this.add(token);
     this.flush();
+    this.setNotes(notes);
+  }
+
+  setNotes(notes) {
+    for (const { node } of Object.values(this.sides)) for (const note of node.querySelectorAll(".note")) note.remove();
+    for (const [position, label] of notes) {
+      this.byPosition.get(position)?.node.before(make("i", { class: "note", "data-note": label, "aria-hidden": "true" }));
+    }
   }
 
   /** A new token at the end, or what has become known of one that is there. */
@@ -60,15 +65,13 @@ export class TokenText {
     }
     const side = this.sides[token.origin === "prompt" ? "prompt" : "answer"];
     this.setRejected(side, token.position);
-    if (this.pendingNote) this.blockOf(side).append(make("i", { class: "note", "data-note": this.pendingNote, "aria-hidden": "true" }));
-    this.pendingNote = null;
     const stop = this.makeStop(token, token.round, false);
     this.stops.push(stop);
     this.byPosition.set(token.position, stop);
     this.blockOf(side).append(stop.node);
     side.block.count += 1;
     side.block.ends = token.text.endsWith("\n");
-    if (!this.tabStop) this.moveTabStop(stop);
+    if (!side.tabStop) this.moveTabStop(stop);
     return stop;
   }
 
@@ -77,7 +80,7 @@ export class TokenText {
     const group = rejectedOf(round);
     if (!group) return;
     const after = this.byPosition.get(group.at);
-    if (after) this.insertRejected(group, this.stops.indexOf(after), (node) => after.node.before(node));
+    if (after) this.insertRejected(group, this.stops.lastIndexOf(after), (node) => after.node.before(node));
     else this.waiting.set(group.at, [...(this.waiting.get(group.at) ?? []), group]);
   }
 
@@ -110,14 +113,17 @@ export class TokenText {
     const node = make(isRejected ? "s" : "span", { "data-stop": "" }, ...glyphs(token.text ?? "…", !isRejected));
     node.className = isRejected ? "lookahead" : `token ${token.origin}`;
     if (/^<\|.*\|>$/.test(token.text)) node.classList.add("special");
+    if (token.is_emitted === false && token.origin !== "prompt") node.classList.add("withheld");
     const stop = { node, token, round, isRejected, isOver: false, text: this };
     places.set(node, stop);
     return stop;
   }
 
+  /** Each side is one tab stop; arrow keys move it. */
   moveTabStop(stop) {
-    if (this.tabStop) this.tabStop.node.tabIndex = -1;
-    this.tabStop = stop;
+    const side = this.sides[stop.token.origin === "prompt" ? "prompt" : "answer"];
+    if (side.tabStop) side.tabStop.node.tabIndex = -1;
+    side.tabStop = stop;
     stop.node.tabIndex = 0;
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,6 +18,13 @@ State = Literal["running", "done", "cancelled", "failed", "interrupted"]
 EXCERPT_TOKENS = 24
 """Tokens up to the flagged one that an alert quotes."""
 EXCERPT_CHARACTERS = 240
+
+_MARKS = re.compile(r"<\|[^|<>]{1,64}\|>|<(?:start|end)_of_turn>")
+"""Of the chat templates that the family table knows: what stands between turns."""
+_ROLES = ("system", "user", "assistant", "model")
+ASKED_CHARACTERS = 400
+_TAIL_CHARACTERS = 8000
+"""Of a long prompt only so much of its end is looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +172,17 @@ def alert_row(exchange: Exchange, verdict: Verdict, *, now_s: float, redact: boo
 def _excerpt(tokens: Sequence[Token], position: int) -> str:
     near = [t.text for t in tokens if position - EXCERPT_TOKENS < t.position <= position]
     return storable("".join(near)[-EXCERPT_CHARACTERS:])
+
+
+def last_turn(prompt: str) -> str:
+    """How the last turn of a rendered prompt begins, without the chat template's marks: a label."""
+    turns = []
+    for part in _MARKS.split(prompt[-_TAIL_CHARACTERS:]):
+        role, _, rest = part.strip().partition("\n")
+        said = rest.strip() if role in _ROLES else part.strip()
+        if said:
+            turns.append(said)
+    return turns[-1][:ASKED_CHARACTERS] if turns else ""
 
 
 def storable(text: str) -> str:

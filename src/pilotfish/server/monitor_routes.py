@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import StringConstraints
 
 from pilotfish.actions import Policy, Recorded, dry_run, policy_from_dict, policy_to_dict
 from pilotfish.actions.recorded import RecordedToken
@@ -32,10 +34,15 @@ from pilotfish.server.schemas import (
     ScoreText,
 )
 from pilotfish.server.service import Service
+from pilotfish.server.shown import report_of
 
 router = APIRouter(prefix="/v1/monitor", tags=["monitor"], responses=REFUSALS)
 
-Id = Annotated[str, Path(max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
+_NAME = r"^[A-Za-z0-9_-]+$"
+Id = Annotated[str, Path(max_length=64, pattern=_NAME)]
+Ids = Annotated[
+    list[Annotated[str, StringConstraints(max_length=64, pattern=_NAME)]], Query(min_length=1, max_length=32)
+]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Rows, as far as the server gives so many.")]
 Before = Annotated[float | None, Query(ge=0, le=1e12, description="Only rows made before this time, in s since 1970.")]
 
@@ -100,10 +107,15 @@ async def exchanges(
 
 @router.get("/exchanges/{exchange_id}", response_model=ExchangeOut)
 async def exchange(exchange_id: Id, service: Served, _: Reader) -> JSONResponse:
-    found = await service.desk.in_store(service.store.exchange, exchange_id)
-    if found is None:
-        raise ApiError(404, "there is no such exchange", code="not_found")
-    return JSONResponse(found)
+    return JSONResponse(await _stored(service, exchange_id))
+
+
+@router.get("/report", response_class=HTMLResponse)
+async def report(service: Served, _: Reader, exchange: Ids) -> HTMLResponse:
+    """The exchanges as one self-contained page, to be saved."""
+    found = [await _stored(service, each) for each in exchange]
+    page = await asyncio.to_thread(report_of, found, service.engine.info, service.policy)
+    return HTMLResponse(page, headers={"content-disposition": 'attachment; filename="pilotfish.html"'})
 
 
 @router.get("/alerts", response_model=AlertList)
@@ -125,6 +137,13 @@ async def retry(alert_id: Id, service: Served, _: Admin) -> dict[str, int]:
     for courier in service.desk.couriers:
         courier.wake()
     return {"num_revived": number}
+
+
+async def _stored(service: Service, exchange_id: str) -> dict[str, Any]:
+    found: dict[str, Any] | None = await service.desk.in_store(service.store.exchange, exchange_id)
+    if found is None:
+        raise ApiError(404, "there is no such exchange", code="not_found")
+    return found
 
 
 def _messages(text: ScoreText, service: Service) -> tuple[Message, ...]:

@@ -178,10 +178,18 @@ class MonitorStats(BaseModel):
     notes: list[str]
 
 
+class ReaderOut(BaseModel):
+    """A model that reads along for the scores alone, beside one that is elsewhere."""
+
+    model: str | None
+    taxed: bool
+
+
 class MonitorOut(BaseModel):
     """The one thing that is added to OpenAI's answers."""
 
     exchange: str | None = None
+    reader: ReaderOut | None = Field(default=None, description="Behind a proxy alone.")
     heads: dict[str, HeadSummary] | None = None
     tokens: list[TokenOut] | None = None
     rounds: list[RoundOut] | None = None
@@ -313,11 +321,11 @@ class ExchangeRowOut(BaseModel):
     finish_reason: str | None
     is_redacted: bool
     num_prompt_tokens: int
+    asked: str | None = Field(description="How the prompt's last turn begins; null when the store redacts.")
     stats: dict[str, Any]
 
 
 class ListedExchange(ExchangeRowOut):
-    prompt_end: str | None = Field(description="The last characters of the prompt; null when the store redacts.")
     answer_start: str | None = Field(description="The first characters of the answer.")
     alerts: list[str] = Field(description="Metrics and actions of its alerts, as `metric:action`.")
 

@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from pilotfish.errors import SettingError, StoreError
-from pilotfish.server.exchanges import Exchange, alert_row, exchange_row, token_row, verdict_row
+from pilotfish.server.exchanges import Exchange, alert_row, exchange_row, last_turn, token_row, verdict_row
 from pilotfish.server.tables import AlertRow, DeliveryRow, ExchangeRow, KeyRow, PolicyRow, TokenRow, VerdictRow
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ BUSY_TIMEOUT_S = 10
 BATCH = 500
 """Exchanges that retention deletes in one transaction."""
 EXCERPT = 400
-"""Characters of a prompt's end and an answer's beginning in a list."""
+"""Characters of an answer's beginning in a list."""
 
 
 class Due(NamedTuple):
@@ -151,8 +151,8 @@ class Store:
             return [
                 _plain(row, without=("rounds", "prompt", "answer"))
                 | {
-                    "prompt_end": _cut(row.prompt, slice(-EXCERPT, None)),
-                    "answer_start": _cut(row.answer, slice(EXCERPT)),
+                    "asked": _asked(row),
+                    "answer_start": None if row.answer is None else row.answer[:EXCERPT],
                 }
                 | {"alerts": sorted(f"{metric}:{action}" for owner, metric, action in alerts if owner == row.id)}
                 for row in rows
@@ -168,7 +168,7 @@ class Store:
             for name, table, order in (("tokens", TokenRow, "position"), ("verdicts", VerdictRow, "number")):
                 query = select(table).where(table.exchange_id == exchange_id).order_by(getattr(table, order))
                 parts[name] = [_plain(part, without=("exchange_id", "number")) for part in session.scalars(query)]
-            return _plain(row) | parts
+            return _plain(row) | {"asked": _asked(row)} | parts
 
     def alerts(self, *, limit: int, before_s: float | None = None, state: str | None = None) -> list[dict[str, Any]]:
         """The newest alerts first, each with its deliveries; `state` keeps those that have a delivery in it."""
@@ -368,8 +368,8 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _cut(text: str | None, part: slice) -> str | None:
-    return None if text is None else text[part]
+def _asked(row: ExchangeRow) -> str | None:
+    return None if row.prompt is None else last_turn(row.prompt)
 
 
 def _plain(row: Any, *, without: Sequence[str] = ()) -> dict[str, Any]:
