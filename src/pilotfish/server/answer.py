@@ -211,8 +211,10 @@ class Answer:
 
 
 def _stats(generation: Generation, error: PilotfishError | None) -> dict[str, Any]:
+    found = tally(generation)
     return {
-        "highest": dict(tally(generation).in_answer),
+        "highest": dict(found.in_answer),
+        "highest_prompt": dict(found.in_prompt),
         "seconds": generation.seconds,
         "acceptance": generation.acceptance,
         "num_taxed_reads": generation.num_taxed_reads,
