@@ -33,7 +33,7 @@ class Running(NamedTuple):
     url: str
     service: Service
     store: Store
-    backend: EmbeddedBackend
+    backend: Any
     server: uvicorn.Server
 
 
@@ -47,11 +47,26 @@ def running(
     store: Store | None = None,
     **settings: Any,
 ) -> Iterator[Running]:
-    """Serves until the block ends, then drains as after SIGTERM."""
+    """Serves a pair until the block ends, then drains as after SIGTERM."""
     chosen = ServerSettings(port=0, retrying=FAST, **settings)
-    store = store or Store(f"sqlite:///{folder / 'store.db'}", sinks=[sink.name for sink in sinks])
     backend = EmbeddedBackend(engine, max_streams=chosen.max_streams, max_queue=chosen.max_queue)
-    service = Service(backend, store, chosen, policy=policy, sinks=sinks)
+    with serving(backend, folder, chosen, policy=policy, sinks=sinks, store=store) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def serving(
+    backend: Any,
+    folder: Path,
+    settings: ServerSettings,
+    *,
+    policy: Policy = OBSERVE,
+    sinks: Sequence[Sink] = (),
+    store: Store | None = None,
+) -> Iterator[Running]:
+    """Serves any engine until the block ends."""
+    store = store or Store(f"sqlite:///{folder / 'store.db'}", sinks=[sink.name for sink in sinks])
+    service = Service(backend, store, settings, policy=policy, sinks=sinks)
     started, urls = threading.Event(), []
 
     def on_start(url: str) -> None:

@@ -16,6 +16,7 @@ PilotfishError
 │   └── Unanswered       one request that it did not answer; others may go well
 ├── GenerationError      a request that the engine refuses, or could not finish
 ├── EngineFailed         an engine that broke while it worked on a request
+│   └── UpstreamError    a server behind the proxy that refuses, breaks off or says what cannot be monitored
 ├── Busy                 more requests than a server takes on
 ├── StoreError           a database that cannot be reached or written
 └── DeliveryError        an alert that has not arrived where it was sent
@@ -84,6 +85,15 @@ class GenerationError(PilotfishError):
 
 class EngineFailed(PilotfishError):
     """An engine that broke while it worked on a request; its log says why."""
+
+
+class UpstreamError(EngineFailed):
+    """A server behind the proxy that refuses a request, breaks off, or says what cannot be monitored."""
+
+    def __init__(self, message: str, *, status: int = 502, retry_after_s: float = 0.0) -> None:
+        """`status`: of the HTTP answer that says so to the client."""
+        super().__init__(message)
+        self.status, self.retry_after_s = status, retry_after_s
 
 
 class Busy(PilotfishError):

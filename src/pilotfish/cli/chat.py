@@ -21,7 +21,7 @@ def run(config: Chat) -> int:
     metric = config.metric or engine.metrics[0]
     if metric not in engine.metrics:
         raise SettingError(f"metric {metric!r} has no head; there are {', '.join(engine.metrics)}")
-    policy = flag_policy(engine, action=config.action, threshold=config.threshold, hold=True)
+    policy = flag_policy(engine.banks.values(), action=config.action, threshold=config.threshold, hold=True)
     request = Request(max_new_tokens=config.max_new_tokens, sampling=sampling, policy=policy, seed=config.seed)
     print(legend(metric, thresholds(engine, policy).get(metric), colour=uses_colour()))
     history: list[Message] = []

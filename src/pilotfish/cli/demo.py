@@ -41,7 +41,7 @@ PROMPTS = (
 
 def run(config: Demo) -> int:
     engine = start_engine(config)
-    policy = flag_policy(engine, hold=True)
+    policy = flag_policy(engine.banks.values(), hold=True)
     metric = METRIC if METRIC in engine.metrics else engine.metrics[0]
     print(_who_scores(engine.banks))
     exchanges: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""`pilotfish serve`: a pair in, an HTTP server out, until it is told to end."""
+"""`pilotfish serve`: a pair, or an upstream and a reader, in; an HTTP server out, until it is told to end."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 
 from pilotfish.actions import Policy, read_policy
 from pilotfish.cli.server_verbs import Serve
-from pilotfish.cli.session import flag_policy, start_engine
+from pilotfish.cli.session import find_banks, flag_policy, start_engine
+from pilotfish.cli.verbs import DEMO_PAIR
 from pilotfish.errors import SettingError
+from pilotfish.heads import HeadBank, joined
+from pilotfish.models import load_model
 
 
 def run(config: Serve) -> int:
     try:
-        from pilotfish.server import EmbeddedBackend, ServerSettings, Service, Store, make_server
+        from pilotfish.server import ServerSettings, Service, Store, make_server
     except ModuleNotFoundError as error:
         raise missing_extra("serve", error) from error
     settings = ServerSettings(
@@ -28,21 +31,46 @@ def run(config: Serve) -> int:
     )
     sinks = _sinks(config)
     store = Store(config.store, sinks=[sink.name for sink in sinks], redact=config.redact)
-    engine = start_engine(config)
-    policy = flag_policy(engine, action=config.action, threshold=config.threshold, hold=True)
+    backend, banks = _embedded(config) if config.upstream is None else _proxy(config)
+    policy = flag_policy(banks, action=config.action, threshold=config.threshold, hold=True)
     if config.policy is not None:
         policy = read_policy(config.policy)
-    backend = EmbeddedBackend(engine, max_streams=config.max_streams, max_queue=config.max_queue)
     try:
         service = Service(backend, store, settings, policy=policy, sinks=sinks)
         asyncio.run(backend.check(service.policy))
         names = ", ".join(sink.name for sink in sinks) or "the store alone"
-        print(f"{engine.pair.target_identity.name}: {_rules(service.policy)}; alerts go to {names}", flush=True)
+        beside = f", read by {backend.info.draft} at a tax," if backend.info.is_taxed else ""
+        print(f"{backend.info.model}{beside}: {_rules(service.policy)}; alerts go to {names}", flush=True)
         server = make_server(service, lambda url: print(f"serving on {url}/v1", flush=True))
         server.run()
     finally:
         backend.close()
     return 0 if server.started else 1
+
+
+def _embedded(config: Serve) -> tuple[Any, list[HeadBank]]:
+    from pilotfish.server import EmbeddedBackend
+
+    if config.model is not None:
+        raise SettingError("--model names a model of an upstream; give --upstream too, or name your own with --pair")
+    engine = start_engine(config)
+    backend = EmbeddedBackend(engine, max_streams=config.max_streams, max_queue=config.max_queue)
+    return backend, list(engine.banks.values())
+
+
+def _proxy(config: Serve) -> tuple[Any, list[HeadBank]]:
+    from pilotfish.server import ProxyBackend, Upstream
+
+    if config.model is None:
+        raise SettingError("with --upstream say which of its models answers: --model NAME")
+    if config.draft is not None or config.pair != DEMO_PAIR:
+        raise SettingError("--pair and --draft name models of your own; behind an upstream name the --reader")
+    key = os.environ.get(config.upstream_key_env, "")
+    upstream = Upstream(config.upstream or "", config.model, api_key=key, timeout_s=config.upstream_timeout_s)
+    reader = load_model(config.reader, device=config.device, dtype=config.dtype)
+    bank = joined(find_banks(config.banks, (reader.identity,)))
+    backend = ProxyBackend(upstream, reader, bank, max_streams=config.max_streams, max_queue=config.max_queue)
+    return backend, [bank]
 
 
 def missing_extra(extra: str, error: ModuleNotFoundError) -> SettingError:

@@ -15,7 +15,18 @@ DEFAULT_STORE = "sqlite:///pilotfish.db"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serve(Models):
-    """Serves the pair over HTTP as OpenAI's API, every token scored: alerts, policy, metrics (extra `serve`)."""
+    """Serves the pair, or a proxy before another server, as OpenAI's API, every token scored (extra `serve`)."""
+
+    upstream: str | None = None
+    """Instead of a pair: another OpenAI-compatible server (https://HOST/v1), whose text a small model scores."""
+    model: str | None = None
+    """Name of the upstream's model."""
+    reader: str = "demo:qwen-coder-0.5b"
+    """The small model that reads along behind an upstream: a demo model, a local folder or a hub name."""
+    upstream_key_env: str = "PILOTFISH_UPSTREAM_KEY"
+    """NAME of the environment variable with the upstream's API key; where it is not set, none is sent."""
+    upstream_timeout_s: float = 120.0
+    """Longest silence of the upstream."""
 
     host: str = "127.0.0.1"
     """Another than this machine's own needs an API key: `pilotfish keys add`."""

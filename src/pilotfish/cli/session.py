@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,13 @@ def start_engine(models: Models, drafting: Drafting | None = None) -> EmbeddedEn
 
 
 def flag_policy(
-    engine: EmbeddedEngine, *, action: str = "flag", threshold: float | None = None, hold: bool = False
+    banks: Collection[HeadBank], *, action: str = "flag", threshold: float | None = None, hold: bool = False
 ) -> Policy:
     """One rule a metric, for the side, prompt or answer, that its threshold was set on; the other is shown alone."""
-    limits = {metric: limit for bank in engine.banks.values() for metric, limit in bank.card.thresholds.items()}
+    limits = {metric: limit for bank in banks for metric, limit in bank.card.thresholds.items()}
     rules = tuple(
         Rule(metric=m, action=action, threshold=threshold, scope=limits[m].scope if m in limits else "answer")  # type: ignore[arg-type]
-        for m in engine.metrics
+        for m in dict.fromkeys(metric for bank in banks for metric in bank.metrics)
     )
     return Policy(rules=rules, hold=hold)
 

@@ -5,10 +5,12 @@ from pilotfish.server.backend import Call, EngineInfo, EventStream, HeadInfo, Sc
 from pilotfish.server.embedded import EmbeddedBackend
 from pilotfish.server.keys import new_key
 from pilotfish.server.outbox import Courier, Retrying
+from pilotfish.server.proxy import ProxyBackend
 from pilotfish.server.service import Service
 from pilotfish.server.settings import Limits, ServerSettings
 from pilotfish.server.sinks import JsonlSink, Sink, WebhookSink
 from pilotfish.server.store import Store
+from pilotfish.server.upstream import Upstream
 
 __all__ = [
     "Call",
@@ -19,6 +21,7 @@ __all__ = [
     "HeadInfo",
     "JsonlSink",
     "Limits",
+    "ProxyBackend",
     "Retrying",
     "ScoredText",
     "ServedEngine",
@@ -26,6 +29,7 @@ __all__ = [
     "Service",
     "Sink",
     "Store",
+    "Upstream",
     "WebhookSink",
     "create_app",
     "make_server",

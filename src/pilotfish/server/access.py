@@ -10,7 +10,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from pilotfish.errors import Busy, EngineFailed, GenerationError, PilotfishError, SettingError, StoreError, TextError
+from pilotfish.errors import (
+    Busy,
+    EngineFailed,
+    GenerationError,
+    PilotfishError,
+    SettingError,
+    StoreError,
+    TextError,
+    UpstreamError,
+)
 from pilotfish.server.answer import Desk, TimedOut
 from pilotfish.server.keys import LOCAL, Caller, KeyRing, RateLimit, Scope
 from pilotfish.server.schemas import ErrorBody
@@ -30,6 +39,7 @@ REFUSALS: dict[int | str, dict[str, object]] = {
         413: "The body is too large.",
         429: "Too many requests; see Retry-After.",
         500: "The engine failed.",
+        502: "The server behind the proxy failed, or said what cannot be monitored.",
         503: "The store does not answer.",
         504: "It took longer than the server allows.",
     }.items()
@@ -73,6 +83,8 @@ def refusal_of(error: PilotfishError) -> ApiError:
             return ApiError(
                 503, "the store does not answer, so nothing could be recorded; the log says why", code="store"
             )
+        case UpstreamError():
+            return ApiError(error.status, str(error), code="upstream", retry_s=error.retry_after_s)
         case EngineFailed():
             return ApiError(500, str(error), code="engine_failed")
     logger.error("%s", error)

@@ -32,6 +32,8 @@ class EngineInfo:
     max_tokens: int
     """Prompt and answer together."""
     heads: tuple[HeadInfo, ...]
+    is_taxed: bool = False
+    """Whether the draft runs for the scores alone: it reads beside a model that is elsewhere."""
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -54,7 +54,8 @@ class Report:
 
     def summary(self, generation: Generation, exchange_id: str, found: Tally) -> dict[str, Any]:
         """What is said once, at the end."""
-        return {
+        reader = {"reader": {"model": self._info.draft, "taxed": True}} if self._info.is_taxed else {}
+        return reader | {
             "exchange": exchange_id,
             "heads": head_summaries(self._info, self._metrics, self._policy, generation, found),
             "stats": {

@@ -90,7 +90,8 @@ class Telemetry:
         self._scored.inc(found.num_scored)
         self._missed.inc(num_tokens - found.num_scored)
         self._taxed.inc(generation.num_taxed_reads)
-        self._coverage.set(found.num_scored / num_tokens)
+        if num_tokens:
+            self._coverage.set(found.num_scored / num_tokens)
         for item in generation.rounds:
             self._drafts.inc()
             self._draft_tokens.inc(len(item.drafted))
