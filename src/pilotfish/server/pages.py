@@ -21,6 +21,7 @@ _MEDIA = {
     "html": "text/html; charset=utf-8",
     "css": "text/css; charset=utf-8",
     "js": "text/javascript; charset=utf-8",
+    "json": "application/json",
     "svg": "image/svg+xml",
     "woff2": "font/woff2",
     "txt": "text/plain; charset=utf-8",
@@ -36,6 +37,12 @@ class _File(NamedTuple):
 @router.get("/")
 async def page(request: Request) -> Response:
     return _sent(request, "index.html")
+
+
+@router.get("/grafana.json")
+async def dashboard(request: Request) -> Response:
+    """A dashboard of `/metrics` for Grafana to import."""
+    return _sent(request, "grafana.json")
 
 
 @router.get("/page/{name:path}")
@@ -56,10 +63,12 @@ def _sent(request: Request, name: str) -> Response:
 @cache
 def _files() -> dict[str, _File]:
     """All there is: a name that is not in it leads nowhere."""
-    folder = resources.files("pilotfish.server").joinpath("page")
+    room = resources.files("pilotfish.server")
+    folder = room.joinpath("page")
     contents = {name: asset(name).encode() for name in _SHARED}
     contents |= {item.name: item.read_bytes() for item in folder.iterdir() if item.is_file()}
     contents |= {f"fonts/{item.name}": item.read_bytes() for item in folder.joinpath("fonts").iterdir()}
+    contents["grafana.json"] = room.joinpath("grafana.json").read_bytes()
     contents["style.css"] = asset("page.css").encode() + contents.pop("live.css")
     return {name: _file(name, content) for name, content in contents.items()}
 
