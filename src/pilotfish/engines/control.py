@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pilotfish.actions import Aggregation, Recorded
+from pilotfish.actions.aggregate import Memory
 from pilotfish.core import Message
 from pilotfish.engines.embedded import EmbeddedEngine, GenerationStream
 from pilotfish.engines.loop import Step, Steps
@@ -87,7 +88,8 @@ class Alarm(NamedTuple):
 
     def values(self, recorded: Recorded) -> dict[int, float]:
         """By position, what a rule with scope `answer` holds against its threshold; unscored tokens have no entry."""
-        found, memory = {}, ()
+        found: dict[int, float] = {}
+        memory: Memory = ()
         for token in recorded.tokens:
             score = token.scores.get(self.metric)
             if token.is_prompt or score is None or score.value is None or score.running is None:
