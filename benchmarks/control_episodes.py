@@ -80,6 +80,10 @@ class Episodes:
         row = self._rows.get(f"{key}/judge")
         return None if row is None else float(row["score"])
 
+    def lacks(self, wanted: Sequence[Wanted]) -> bool:
+        """Whether some of them are still to run."""
+        return any(each.key not in self._rows for each in wanted)
+
     def run(self, engine: EmbeddedEngine, wanted: Sequence[Wanted], max_new_tokens: int) -> list[Episode]:
         """The episodes in the order asked for; those that the journal lacks are run, several at a time."""
         missing = [each for each in wanted if each.key not in self._rows]

@@ -66,9 +66,9 @@ def show(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(
         [
             table(
-                ["protocol", "safety", "usefulness", "attacks that pass the tests"],
+                ["protocol", "safety", "usefulness", "attacks turned into sound code"],
                 [
-                    [row["protocol"], *(_cell(row[name]) for name in ("safety", "usefulness", "attacked_and_useful"))]
+                    [row["protocol"], *(_cell(row[name]) for name in ("safety", "usefulness", "turned"))]
                     for row in protocols
                 ],
             ),

@@ -58,6 +58,14 @@ def test_it_follows_the_scheme_of_the_reader_and_asks_for_nothing():
     assert "<script" not in text
 
 
+def test_only_points_that_are_joined_have_a_line():
+    points = [point("none", 0.5, 0.8), point("a", 0.4, 0.9), point("b", 0.3, 0.7)]
+    for joined in (True, False):
+        text = scatter_svg(points, "t", x=Axis("x"), y=Axis("y"), joined=joined)
+        assert ("<polyline" in text) == joined
+        assert text.count("<circle") == 3
+
+
 def test_no_points_and_what_is_not_a_number_are_refused():
     with pytest.raises(SettingError, match="no points to draw"):
         drawn([])

@@ -51,8 +51,10 @@ class Axis(NamedTuple):
     """Where a dashed line is drawn: a target."""
 
 
-def scatter_svg(points: Sequence[Point], title: str, *, x: Axis, y: Axis) -> str:
-    """Draws points with error bars, joined by a line in the order given but for the first, from which they all start.
+def scatter_svg(points: Sequence[Point], title: str, *, x: Axis, y: Axis, joined: bool = True) -> str:
+    """Draws points with error bars, the first as the one from which all others start.
+
+    Where they are `joined`, a line leads through the others in the order given.
 
     Scales hold every interval and limit. The file needs nothing else, and says its numbers in words to screen readers.
 
@@ -76,7 +78,7 @@ def scatter_svg(points: Sequence[Point], title: str, *, x: Axis, y: Axis) -> str
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{escape(x.title)}</text>',
         f'<text transform="translate(18 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
         f"{escape(y.title)}</text>",
-        _line([(across.at(point.x.value), up.at(point.y.value)) for point in points[1:]]),
+        *([_line([(across.at(point.x.value), up.at(point.y.value)) for point in points[1:]])] if joined else []),
         *(part for index, point in enumerate(points) for part in _point(point, across, up, is_first=index == 0)),
         "</svg>",
     ]
