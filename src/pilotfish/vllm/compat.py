@@ -94,7 +94,9 @@ SHARED = (
         ("self", "new_token_ids", "stop_terminated"),
         ("if stop_terminated and not self.include_stop_str_in_output",),
     ),
-    Symbol("vllm.entrypoints.launchers.app", "build_app", ("args",)),
+    Symbol(
+        "vllm.entrypoints.launchers.app", "build_app", ("args",), ("init_entrypoints_middleware(args, app, supported_",)
+    ),
 )
 
 V1 = (
@@ -121,6 +123,64 @@ V1 = (
         ("return num_tokens, token_indices_to_sample, cad", "return total_num_output_tokens, token_indices_to_sample"),
     ),
     Symbol("vllm.v1.worker.block_table", "BlockTable.get_device_tensor", ("self", "num_reqs")),
+)
+
+
+_V2 = "vllm.v1.worker.gpu"
+_STANDALONE = f"{_V2}.spec_decode.standalone_ar.speculator"
+_DEPENDENT = f"{_V2}.spec_decode.target_dependent_ar.speculator"
+
+V2 = (
+    Symbol(f"{_V2}.model_runner", "GPUModelRunner.execute_model", ("self", "scheduler_output")),
+    Symbol(
+        f"{_V2}.model_runner",
+        "GPUModelRunner.sample_tokens",
+        ("self", "grammar_output"),
+        (
+            "self.execute_model_state.input_batch",
+            "async_output = AsyncOutput(",
+            "copy_stream=self.output_copy_stream",
+            "self.speculator.propose(",
+            "return async_output",
+        ),
+    ),
+    Symbol(f"{_V2}.model_runner", "ExecuteModelState.input_batch"),
+    Symbol(f"{_V2}.model_runner", "ExecuteModelState.hidden_states"),
+    Symbol(f"{_V2}.async_utils", "AsyncOutput.get_output", ("self",), ("return self.model_runner_output",)),
+    Symbol(
+        _STANDALONE,
+        "StandaloneARSpeculator._run_model",
+        ("self", "input_ids", "positions"),
+        ("hidden_states = hidden_states[0]", "return hidden_states"),
+    ),
+    Symbol(
+        _STANDALONE,
+        "StandaloneARSpeculator._prefill",
+        ("self", "input_batch", "num_rejected"),
+        ("last_token_indices=self.last_token_indices", "self._run_model(", "self.expanded_input_ids[:total_expanded]"),
+    ),
+    Symbol(_STANDALONE, "StandaloneARSpeculator.num_extra_query_per_req"),
+    Symbol(
+        _DEPENDENT,
+        "TargetDependentARSpeculator._run_model",
+        ("self", "num_tokens"),
+        ("input_buffers.input_ids[:num_tokens]", "return last_hidden_states, hidden_states"),
+    ),
+    Symbol(
+        _DEPENDENT,
+        "TargetDependentARSpeculator._prefill",
+        ("self", "num_reqs", "num_tokens"),
+        ("self._run_model(", "self.input_buffers.positions[:num_reqs] = positions"),
+    ),
+    Symbol(
+        _DEPENDENT,
+        "TargetDependentARSpeculator.propose",
+        ("self", "input_batch"),
+        ("self.last_token_indices,", "run_fullgraph(prefill_batch_desc)"),
+    ),
+    Symbol(f"{_V2}.spec_decode.speculator", "DraftModelSpeculator.load_model", source=("self.draft_attn_layer_names",)),
+    Symbol(f"{_V2}.block_table", "BlockTables.__init__", source=("self.block_sizes", "self.input_block_tables")),
+    Symbol(f"{_V2}.states", "RequestState.__init__", source=("self.prompt_len = UvaBackedTensor",)),
 )
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from pilotfish.errors import EngineFailed
 from pilotfish.vllm.compat import wrapped
 from pilotfish.vllm.plan import Plan
 from pilotfish.vllm.record import About, Record
-from pilotfish.vllm.settings import VllmSettings
+from pilotfish.vllm.settings import VARIABLE
 from pilotfish.vllm.wire import KEY, News
 
 
-def install(settings: VllmSettings) -> None:
-    """Wraps the front end's classes; what a client is told of is added by `serving`."""
+def install() -> None:
+    """Wraps what makes answers of tokens; `serving` tells clients of them."""
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
@@ -38,7 +39,7 @@ def _knowing(begin: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # it takes that one's place
         begin(self, *args, **kwargs)
         processor = self.output_processor
-        setattr(processor, KEY, About.of(Plan.of(self.vllm_config), processor.tokenizer))
+        setattr(processor, KEY, About.of(Plan.of(self.vllm_config), self.vllm_config, processor.tokenizer))
 
     return __init__
 
@@ -51,7 +52,10 @@ def _listening(process: Any) -> Any:
             said = (output.kv_transfer_params or {}).pop(KEY, None)
             output.kv_transfer_params = output.kv_transfer_params or None
             state = self.request_states.get(output.request_id)
-            if said is None or state is None:
+            if state is None:
+                continue
+            if said is None:
+                _check_silence(output)
                 continue
             news = News.unpacked(said)
             if news.stops:
@@ -64,6 +68,15 @@ def _listening(process: Any) -> Any:
         return done
 
     return process_outputs
+
+
+def _check_silence(output: Any) -> None:
+    """Raises `EngineFailed` when tokens have come that nobody has judged: nothing leaves unmonitored."""
+    if output.new_token_ids:
+        raise EngineFailed(
+            f"vLLM's engine core does not run the monitor; set {VARIABLE}, and VLLM_PLUGINS where it is set, for all "
+            "of its processes alike"
+        )
 
 
 def _record(processor: Any, state: Any) -> Record:

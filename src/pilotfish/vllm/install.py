@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from pilotfish.errors import SettingError
-from pilotfish.vllm.compat import SHARED, V1, check_symbols, check_version, wrapped
+from pilotfish.vllm.compat import SHARED, V1, V2, check_symbols, check_version, wrapped
 from pilotfish.vllm.plan import KEY, Plan, make_plan
 from pilotfish.vllm.settings import read_settings
 
@@ -28,17 +28,18 @@ def install() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.worker.gpu_worker import Worker
 
-    from pilotfish.vllm import frontend, scheduler, worker
+    from pilotfish.vllm import frontend, scheduler, serving, worker
 
     settings = read_settings()
     check_version(vllm.__version__)
-    check_symbols(SHARED + V1)
+    check_symbols(SHARED)
 
     def planned(create: Any) -> Any:
         @functools.wraps(create)
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
             config = create(self, *args, **kwargs)
-            plan = make_plan(settings, config)
+            check_symbols(V2 if config.use_v2_model_runner else V1)
+            plan = make_plan(read_settings(), config)
             config.additional_config = {**_plain(config.additional_config), KEY: plan.as_dict()}
             logger.info("monitoring the %s with %s", plan.reader, ", ".join(plan.banks))
             return config
@@ -48,7 +49,8 @@ def install() -> None:
     wrapped(EngineArgs, "create_engine_config", planned)
     wrapped(SchedulerConfig, "get_scheduler_cls", scheduler.monitored)
     wrapped(Worker, "load_model", worker.read_after_loading)
-    frontend.install(settings)
+    frontend.install()
+    serving.install(settings)
     _done.append(True)
 
 

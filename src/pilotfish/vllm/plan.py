@@ -107,6 +107,7 @@ def _refuse(config: Any, reader: Reader) -> None:
     hindrances = {
         "it serves a pooling model": model.runner_type != "generate",
         "KV blocks come from elsewhere (kv_transfer_config), without scores": config.kv_transfer_config is not None,
+        "prefill context parallelism spreads a prompt's rows": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism spreads a request's slots": parallel.decode_context_parallel_size > 1,
         "the target is split over pipeline ranks (read the draft)": reader == "target"
         and parallel.pipeline_parallel_size > 1,

@@ -7,17 +7,19 @@ nobody wants to hear about.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from pilotfish.actions import Policy, policy_from_dict
 from pilotfish.core import Reader
 from pilotfish.engines import Event, Generation, ScoreEvent, Token, TokenEvent, VerdictEvent
 from pilotfish.engines.detokenize import TextStream, text_of
 from pilotfish.engines.records import FinishReason, Pending, Scores
+from pilotfish.server import EngineInfo, HeadInfo
 from pilotfish.vllm.plan import Plan
 from pilotfish.vllm.wire import News
 
@@ -31,18 +33,35 @@ class About:
     metrics: tuple[str, ...]
     reader: Reader
     tokenizer: Any
+    policy: Policy
+    info: EngineInfo
 
     @classmethod
-    def of(cls, plan: Plan, tokenizer: Any) -> About:
-        return cls(metrics=plan.bank().metrics, reader=plan.reader, tokenizer=tokenizer)
+    def of(cls, plan: Plan, config: Any, tokenizer: Any) -> About:
+        """`config`: vLLM's."""
+        bank, spec = plan.bank(), config.speculative_config
+        card = asdict(bank.card)
+        heads = (
+            HeadInfo(metric=metric, reader=plan.reader, threshold=bank.thresholds.get(metric), card=card)
+            for metric in bank.metrics
+        )
+        info = EngineInfo(
+            model=config.model_config.model,
+            draft=spec.draft_model_config.model if plan.reader == "draft" else None,
+            max_tokens=config.model_config.max_model_len,
+            heads=tuple(heads),
+        )
+        policy = policy_from_dict(plan.policy)
+        return cls(metrics=bank.metrics, reader=plan.reader, tokenizer=tokenizer, policy=policy, info=info)
 
 
 class Record:
     """One answer, or one of several to the same prompt."""
 
     def __init__(self, about: About, prompt: str | None, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self._about, self._prompt, self._prompt_ids, self._stop = about, prompt, prompt_ids, stop
-        self._steps: list[tuple[News, list[int]]] = []
+        self.about = about
+        self._prompt, self._prompt_ids, self._stop = prompt, prompt_ids, stop
+        self._steps: deque[tuple[News, list[int]]] = deque()
         self._made: Generation | None = None
         self._text: TextStream | None = None
         self._started = time.monotonic()
@@ -54,6 +73,8 @@ class Record:
         """Tokens by why they have no score; under the empty string those that have one."""
         self.first_flags: dict[tuple[str, str], int] = {}
         """Metric and action of each kind of verdict, and the position of its first."""
+        self.highest = np.full(len(about.metrics), np.nan, dtype=np.float32)
+        """Of each metric the highest running score; NaN where there is none."""
 
     def add(self, news: News, token_ids: Sequence[int]) -> None:
         """A step has brought these tokens, which have left, and news of tokens up to them."""
@@ -68,6 +89,9 @@ class Record:
         missed["head gave no finite number"] += len(values) - finite - missed.total()
         self.counts += missed
         self.counts[""] += finite
+        if len(values):
+            running = values[:, len(self.about.metrics) :]
+            self.highest = np.fmax(self.highest, np.fmax.reduce(running, axis=0))
         for verdict in news.verdicts:
             if verdict.position < end:
                 self.first_flags.setdefault((verdict.metric, verdict.action), verdict.position)
@@ -81,14 +105,18 @@ class Record:
         assert self._made is not None, "advance makes it"
         return self._made
 
-    def advance(self) -> list[Event]:
-        """What has happened since the last time, as an engine of ours would have told it."""
+    def advance(self, limit: int | None = None) -> list[Event]:
+        """What has happened since the last time, as an engine of ours would have told it.
+
+        Args:
+            limit: tokens of the answer that the client has been sent; of later ones nothing is said. None: all.
+        """
         if self._made is None:
             self._begin()
-        steps, self._steps = self._steps, []
+        assert self._made is not None, "it has begun"
         events: list[Event] = []
-        for news, token_ids in steps:
-            events += self._step(news, token_ids)
+        while self._steps and (limit is None or len(self._made.committed) + len(self._steps[0][1]) <= limit):
+            events += self._step(*self._steps.popleft())
         return events
 
     def finish(self, reason: FinishReason | None) -> None:
@@ -96,13 +124,13 @@ class Record:
         generation = self.generation
         generation.finish_reason = "content_filter" if self.stopped_by else reason
         generation.seconds = time.monotonic() - self._started
-        missing = Scores(self._about.metrics, None, self._about.reader, GONE)
+        missing = Scores(self.about.metrics, None, self.about.reader, GONE)
         for token in generation.tokens:
             if token.scores is None:
                 token.scores = missing
 
     def _begin(self) -> None:
-        tokenizer = self._about.tokenizer
+        tokenizer = self.about.tokenizer
         tokens = [
             Token(i, token, text_of(tokenizer, [token]), "prompt", 0, is_emitted=True)
             for i, token in enumerate(self._prompt_ids)
@@ -123,16 +151,16 @@ class Record:
             self._append(token_id, number, is_drafted=len(token_ids) < news.num_drafted, is_emitted=False)
         events: list[Event] = []
         reasons = {place: miss.reason for miss in news.misses for place in range(miss.start, miss.end)}
-        num = len(self._about.metrics)
+        num = len(self.about.metrics)
         for position, row in enumerate(news.scores.tolist(), news.start):
             if position >= len(tokens):
                 break  # beyond a stop string that only the front end saw
             token, reason = tokens[position], reasons.get(position, "")
             values = (None, None) if reason else (row[:num], row[num:])
-            token.scores = Scores(self._about.metrics, values[0], self._about.reader, reason, running=values[1])
+            token.scores = Scores(self.about.metrics, values[0], self.about.reader, reason, running=values[1])
             if position < begin:
                 events.append(ScoreEvent(token))
-        pending = Pending(self._about.metrics)
+        pending = Pending(self.about.metrics)
         events += [TokenEvent(token, pending if token.scores is None else token.scores) for token in tokens[begin:end]]
         for verdict in news.verdicts:
             if verdict.position < len(tokens):
@@ -143,7 +171,7 @@ class Record:
     def _append(self, token_id: int, number: int, *, is_drafted: bool, is_emitted: bool) -> None:
         assert self._made is not None and self._text is not None, "appended after the beginning"
         tokens = self._made.tokens
-        text = text_of(self._about.tokenizer, [token_id])
+        text = text_of(self.about.tokenizer, [token_id])
         token = Token(len(tokens), token_id, text, "draft" if is_drafted else "target", number)
         token.is_emitted = is_emitted
         token.delta = self._text.push(token_id) if is_emitted else ""

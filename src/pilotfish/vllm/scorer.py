@@ -43,7 +43,17 @@ class Scorer:
         Returns:
             The rows of `cached`, then those of the pass, as `wire.StepScores.table` has them.
         """
-        self._cache.keep(rows.slot, self.bank.channels(features), rows.token)
+        return self.score(self.bank.channels(features), rows, batch, cached)
+
+    def score(
+        self,
+        channels: Float[Tensor, "row channel"],
+        rows: Rows,
+        batch: Batch,
+        cached: Rows | None = None,
+    ) -> Float[Tensor, "all column"]:
+        """As `read`, of what the heads have already made of the states."""
+        self._cache.keep(rows.slot, channels, rows.token)
         if cached is not None:
             rows = Rows(*(torch.cat([one, other.to(one)]) for one, other in zip(cached, rows, strict=True)))
         where = places(

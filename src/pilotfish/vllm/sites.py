@@ -27,7 +27,8 @@ def _copy(hidden: Tensor, residual: Tensor | None, buffer: Tensor) -> None:
         torch.add(hidden[:size], residual[:size], out=buffer[:size])
 
 
-keep = torch.library.custom_op("pilotfish::keep", _copy, mutates_args=("buffer",))
+_SCHEMA = "(Tensor hidden, Tensor? residual, Tensor(a!) buffer) -> ()"
+keep = torch.library.custom_op("pilotfish::keep", _copy, mutates_args=("buffer",), schema=_SCHEMA)
 """For the compiler, which sees one opaque operation that writes the buffer."""
 keep.register_fake(lambda hidden, residual, buffer: None)
 

@@ -8,6 +8,8 @@ from typing import Any
 from pilotfish.errors import SettingError
 from pilotfish.vllm.plan import Plan
 from pilotfish.vllm.sites import Sites
+from pilotfish.vllm.tap_v1 import DrafterTap, TargetTap
+from pilotfish.vllm.tap_v2 import attach
 
 
 def read_after_loading(load: Any) -> Any:
@@ -42,12 +44,8 @@ def read(worker: Any) -> None:
     if plan.reader == "draft" and not hasattr(runner, "drafter" if not worker.use_v2_model_runner else "speculator"):
         raise SettingError("vLLM promised a drafter and has loaded none; the monitor has nothing to read")
     if worker.use_v2_model_runner:
-        from pilotfish.vllm.tap_v2 import attach
-
-        attach(runner, plan, bank)
+        runner.pilotfish = attach(worker, plan, bank, _num_rows(config))
         return
-    from pilotfish.vllm.tap_v1 import DrafterTap, TargetTap
-
     draft = config.speculative_config.draft_model_config if plan.reader == "draft" else None
     model_config = draft or config.model_config
     model = runner.drafter.model if draft is not None else runner.model
