@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"actions", "steering", "routing", "feedback"},
             {"discovery"},
             {"engines", "reports"},
-            {"server"},
+            {"server", "litellm"},
             {"vllm"},
             {"cli"},
         ],

@@ -39,7 +39,7 @@ def run(config: Serve) -> int:
         service = Service(backend, store, settings, policy=policy, sinks=sinks)
         asyncio.run(backend.check(service.policy))
         names = ", ".join(sink.name for sink in sinks) or "the store alone"
-        beside = f", read by {backend.info.draft} at a tax," if backend.info.is_taxed else ""
+        beside = f" (read by {backend.info.draft}, at a tax)" if backend.info.is_taxed else ""
         print(f"{backend.info.model}{beside}: {_rules(service.policy)}; alerts go to {names}", flush=True)
         server = make_server(service, lambda url: print(f"serving on {url}/v1", flush=True))
         server.run()
