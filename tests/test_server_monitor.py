@@ -47,6 +47,7 @@ def chat(http, engine, **more):
 
 def test_heads_are_told_with_their_cards(http):
     said = http.get("/v1/monitor/heads").json()
+    assert not said["taxed"]
     assert [(head["metric"], head["reader"], head["threshold"]) for head in said["heads"]] == [
         ("wide", "draft", 0.5),
         ("narrow", "draft", 0.5),

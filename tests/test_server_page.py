@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
 import pytest
 from browser_kit import Visit, chromium
 from conftest import seeded_bank
-from server_kit import running
+from server_kit import running, serving
+from upstream_kit import scripted, told
 
 from pilotfish.actions import Policy, Rule
 from pilotfish.engines import EmbeddedEngine, Token
 from pilotfish.engines.records import Scores
 from pilotfish.heads import HeadBank
 from pilotfish.heads.card import ThresholdCard
-from pilotfish.server import Store, new_key
+from pilotfish.models import LoadedModel
+from pilotfish.server import ProxyBackend, ServerSettings, Store, Upstream, new_key
 from pilotfish.server.exchanges import Exchange
 
 HOSTILE = "</script><img src=x onerror='window.pwned=1'><svg onload=window.pwned=1>\u202e{{data}}"
@@ -363,6 +367,22 @@ def test_markup_in_a_models_output_stays_text(visit):
     assert page.evaluate("window.pwned") is None
 
 
+def test_behind_a_proxy_it_shows_what_a_model_elsewhere_says(browser, pair, bank, tmp_path):
+    with scripted() as (upstream, script):
+        reader = LoadedModel(pair.draft, pair.tokenizer, pair.draft_identity, "")
+        backend = ProxyBackend(Upstream(upstream, "big"), reader, bank)
+        with serving(backend, tmp_path, ServerSettings(port=0)) as server:
+            began = Visit(browser, server.url)
+            page = began.open()
+            assert "big answers, elsewhere." in page.inner_text("#models")
+            script.say(*told(["return ", "the value", " of x"]))
+            ask(page)
+            assert "".join(texts(page, ".pane section .token")) == "return the value of x"
+            assert page.locator("#drafts").is_hidden()
+            assert page.locator(".strip .acceptance").is_hidden()
+            began.close()
+
+
 def test_a_stream_that_breaks_off_is_said_to_have_broken_off(visit):
     page = visit().open()
     body = 'data: {"id": "x", "choices": []}\n\n'
@@ -432,6 +452,30 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(browser, engine, tmp_path)
         page.wait_for_selector("#lock:not([hidden])")
         assert key.secret not in page.evaluate("JSON.stringify(sessionStorage)")
         began.close()
+
+
+@pytest.mark.slow
+def test_the_command_serves_the_page(browser, pair, bank, tmp_path):
+    for name, model in (("target", pair.target), ("draft", pair.draft)):
+        model.save_pretrained(tmp_path / name)
+        pair.tokenizer.save_pretrained(tmp_path / name)
+    bank.save(tmp_path / "bank")
+    run = [sys.executable, "-c", "import sys; from pilotfish.cli import main; sys.exit(main())", "serve"]
+    models = ["--pair", "target", "--draft", "draft", "--banks", "bank", "--dtype", "float32"]
+    with subprocess.Popen(
+        [*run, *models, "--threshold", "0.5", "--port", "0"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            said = next(line for line in process.stdout if "serving on" in line)
+            began = Visit(browser, re.search(r"http://[\d.:]+", said)[0])
+            page = began.open()
+            ask(page, tokens=24)
+            assert page.locator(".pane section .token").count() == 24
+            page.click("#to-exchanges")
+            page.wait_for_selector("#rows li:has-text('hello')")
+            began.close()
+        finally:
+            process.terminate()
 
 
 @pytest.mark.slow

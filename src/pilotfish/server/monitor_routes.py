@@ -54,7 +54,7 @@ async def heads(service: Served, _: User) -> dict[str, Any]:
         {"metric": head.metric, "reader": head.reader, "threshold": head.threshold, "card": dict(head.card)}
         for head in info.heads
     ]
-    return {"model": info.model, "draft": info.draft, "heads": rows}
+    return {"model": info.model, "draft": info.draft, "taxed": info.is_taxed, "heads": rows}
 
 
 @router.post("/score", response_model=ScoreReply)

@@ -264,6 +264,7 @@ class HeadOut(BaseModel):
 class HeadList(BaseModel):
     model: str
     draft: str | None
+    taxed: bool = Field(description="Whether the draft runs for the scores alone, as behind a proxy.")
     heads: list[HeadOut]
 
 

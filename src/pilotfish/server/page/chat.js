@@ -3,7 +3,6 @@ import { $, make, plural, words } from "./marks.js";
 import { Refusal, streamed } from "./api.js";
 import { Pane } from "./pane.js";
 
-const SAID = { prompt: true, lookahead: true, signals: true };
 const NEAR_END = 160; // px; whoever reads further up is left there
 
 export class Chat {
@@ -56,9 +55,10 @@ export class Chat {
     const question = $("question").value.trim();
     if (!question || this.leaving) return;
     const body = {
-      model: this.monitor.model, messages: this.messages(question), monitor: SAID, max_tokens: Number($("max-tokens").value),
+      model: this.monitor.model, messages: this.messages(question), max_tokens: Number($("max-tokens").value),
       temperature: Number($("temperature").value), ...($("seed").value ? { seed: Number($("seed").value) } : {}),
     };
+    body.monitor = { prompt: true, lookahead: !this.monitor.isTaxed, signals: !this.monitor.isTaxed };
     const exchange = {
       asked: question, answer: "", metrics: this.monitor.metrics, thresholds: this.monitor.thresholds, target: this.monitor.model,
       draft: this.monitor.draft, tokens: [], rounds: [], verdicts: [], stats: {},

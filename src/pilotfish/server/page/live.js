@@ -25,6 +25,7 @@ async function enter() {
     const list = new List(monitor, tools);
     const chat = new Chat(monitor, tools, reader, () => readRecent(list));
     room = { monitor, tools, reader, list, chat };
+    document.body.classList.toggle("taxed", monitor.isTaxed);
     $("models").textContent = introduction(monitor);
     readRecent(list);
     go();
@@ -34,10 +35,11 @@ async function enter() {
   }
 }
 
-function introduction({ model, draft, heads }) {
+function introduction({ model, draft, heads, isTaxed }) {
   const named = heads.map((head) => head.replaceAll("_", " "));
   const read = named.length > 1 ? `${named.slice(0, -1).join(", ")} and ${named.at(-1)}` : named[0];
-  return `${model} answers. ${draft ? `${draft} drafts, and` : "It"} reads every token on the way${read ? ` for ${read}` : ""}.`;
+  const reader = isTaxed ? `${draft} reads along, at a cost of its own: every token` : `${draft ? `${draft} drafts, and` : "It"} reads every token on the way`;
+  return `${model} answers${isTaxed ? ", elsewhere" : ""}. ${reader}${read ? ` for ${read}` : ""}.`;
 }
 
 function lock({ status, message }) {

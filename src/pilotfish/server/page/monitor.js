@@ -10,15 +10,16 @@ const share = (part) => `${Number((100 * part).toPrecision(2))} %`;
 
 export class Monitor {
   static async read() {
-    const [{ model, draft, heads }, { policy }] = await Promise.all([getJson("v1/monitor/heads"), getJson("v1/monitor/policy")]);
-    return new Monitor(model, draft, heads, policy.rules ?? []);
+    const [{ model, draft, taxed, heads }, { policy }] = await Promise.all([getJson("v1/monitor/heads"), getJson("v1/monitor/policy")]);
+    return new Monitor({ model, draft, isTaxed: taxed }, heads, policy.rules ?? []);
   }
 
-  constructor(model, draft, heads, rules) {
-    Object.assign(this, { model, draft, rules, recent: [] });
+  /** Behind a proxy (`isTaxed`) nothing is drafted, so there are no second signals. */
+  constructor(models, heads, rules) {
+    Object.assign(this, models, { rules, recent: [] });
     this.cards = new Map(heads.map(({ metric, card }) => [metric, card.thresholds?.[metric]]));
     this.heads = [...this.cards.keys()];
-    this.metrics = [...this.heads, ...SIGNALS];
+    this.metrics = [...this.heads, ...(this.isTaxed ? [] : SIGNALS)];
     const calibrated = heads.filter(({ threshold }) => threshold != null).map(({ metric, threshold }) => [metric, threshold]);
     const own = rules.filter(({ threshold }) => threshold != null).map(({ metric, threshold }) => [metric, threshold]);
     this.thresholds = Object.fromEntries([...calibrated, ...own.reverse()]); // the first rule of a metric wins

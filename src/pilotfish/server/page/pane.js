@@ -103,8 +103,11 @@ export class Pane {
     drawStrip(this.strips.get("score").svg, tokens, this.choice.metric, this.limit);
     drawAcceptance(this.strips.get("acceptance").svg, tokens, rounds);
     if (isJudged) drawStrip(this.strips.get("divergence").svg, tokens, DIVERGENCE);
-    const { svg, label } = this.strips.get("divergence");
-    for (const node of [svg, label]) node.toggleAttribute("hidden", !isJudged);
+    const isDrafted = rounds.length > 0;
+    for (const [name, isThere] of [["divergence", isJudged], ["acceptance", isDrafted]]) {
+      const { svg, label } = this.strips.get(name);
+      for (const node of [svg, label]) node.toggleAttribute("hidden", !isThere);
+    }
     this.strips.get("score").label.textContent = words(this.choice.metric);
     this.mark();
   }
