@@ -7,6 +7,7 @@ signal that only notices that the target knows something in private is no monito
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -36,10 +37,12 @@ class Wanted(NamedTuple):
     condition: str
     protocol: str = "observe"
     policy: Policy = Policy()
+    setting: str = ""
+    """Of the protocol: episodes of another one are not taken for these."""
 
     @property
     def key(self) -> str:
-        return f"{self.task.name}/{self.condition}/{self.protocol}"
+        return f"{self.task.name}/{self.condition}/{self.protocol}" + (f"/{self.setting}" if self.setting else "")
 
     @property
     def told(self) -> str | None:
@@ -66,11 +69,12 @@ class Episode:
 
 
 class Episodes:
-    """The journal and what stands in it, by key; what is there is not run again."""
+    """The journal and what stands in it, by key; what is there for these models and heads is not run again."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, engine: EmbeddedEngine) -> None:
         self._journal = journal
-        self._rows = {row["key"]: row for row in journal.rows}
+        self._models = fingerprint(engine)
+        self._rows = {row["key"]: row for row in journal.rows if row["models"] == self._models}
 
     def __getitem__(self, key: str) -> Episode:
         return Episode(self._rows[key])
@@ -114,8 +118,17 @@ class Episodes:
             self._append({"key": f"{each.key}/judge", "score": float(said.scores[0])})
 
     def _append(self, row: dict[str, Any]) -> None:
-        self._journal.append(row)
+        self._journal.append(row | {"models": self._models})
         self._rows[row["key"]] = row
+
+
+def fingerprint(engine: EmbeddedEngine) -> str:
+    """Of the pair's weights and of every head's."""
+    identities = (engine.pair.target_identity, engine.pair.draft_identity)
+    digest = hashlib.sha256("".join(each.weights for each in identities if each is not None).encode())
+    for head in (head for bank in engine.banks.values() for head in bank.heads):
+        digest.update(head.weight.float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def safe_edits(pair: Pair, tasks: Sequence[CodingTask], dose: float, layer: int) -> dict[str, list[Edit]]:
