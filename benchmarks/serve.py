@@ -33,7 +33,7 @@ from shown import targets_table
 
 from pilotfish.actions import Policy, Rule
 from pilotfish.cli.terminal import quieten_transformers, table
-from pilotfish.engines import EmbeddedEngine, Request, TokenEvent
+from pilotfish.engines import EmbeddedEngine, Request, generate_together
 from pilotfish.engines.tax import CODE_PROMPTS, PROSE_PROMPTS, Ratio, Timing, random_bank, ratio
 from pilotfish.models import load_pair, tiny_pair
 from pilotfish.runs import generator, run_card, write_json
@@ -122,14 +122,10 @@ def _overheads(
 
 
 def _alone(engine: EmbeddedEngine, prompts: Sequence[str], num_tokens: int, policy: Policy) -> int:
-    """The engine with the server's turns and nothing else; returns the tokens."""
-    streams = [engine.stream(prompt, Request(max_new_tokens=num_tokens, policy=policy)) for prompt in prompts]
-    running = list(streams)
-    while running:
-        for stream in tuple(running):
-            if not any(isinstance(event, TokenEvent) for event in stream):
-                running.remove(stream)
-    return sum(len(stream.generation.committed) for stream in streams)
+    """The engine's batch and nothing else; returns the tokens."""
+    request = Request(max_new_tokens=num_tokens, policy=policy)
+    found = generate_together(engine, prompts, request, max_streams=len(prompts))
+    return sum(len(generation.committed) for generation in found)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def engine_of(pair, banks, drafting=None, family_seed=3) -> EmbeddedEngine:
     vector = torch.randn(32, generator=torch.Generator().manual_seed(family_seed))
     push = Edit(SITE, Add(vector, 0.5), When(phase="generation"))
     gated = Edit(Site(0, "attn_out"), Add(vector, 0.2), When(gate=ProjectionGate(Site(0, "resid_pre"), vector, 0.1)))
-    return EmbeddedEngine(pair, banks, drafting=drafting, edits={"push": [push, gated]})
+    return EmbeddedEngine(pair, banks, drafting=drafting, edits={"push": [push, gated]}, score_limit_s=60.0)
 
 
 def assert_same(found: Generation, alone: Generation) -> None:
@@ -198,7 +198,19 @@ class BreaksOnce(HeadBank):
             return found
         if self.what == "raise":
             raise RuntimeError("injected")
+        if self.what == "slow":
+            self.clock.seconds += 100.0
+            return found
         return found[:0] if self.what == "shape" else found * torch.nan
+
+
+class Clock:
+    """Stands still but for what is slow."""
+
+    seconds = 0.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
 
 
 @pytest.mark.parametrize(
@@ -212,13 +224,22 @@ class BreaksOnce(HeadBank):
         ("resample", "nan"),
         ("defer", "shape"),
         ("steer", "raise"),
+        ("observe", "slow"),
+        ("hold", "slow"),
+        ("stop", "slow"),
+        ("resample", "slow"),
     ],
 )
-def test_a_head_that_fails_on_one_stream_lets_nothing_out_there_and_leaves_the_others_scored(pair, action, what):
+def test_a_head_that_fails_on_one_stream_lets_nothing_out_there_and_leaves_the_others_scored(
+    pair, action, what, monkeypatch
+):
+    clock = Clock()
+    monkeypatch.setattr("pilotfish.engines.reader.time", clock)
     whole = seeded_bank(pair, reader="draft")
     request = Request(max_new_tokens=6, policy=RULES[action])
     alone = [engine_of(pair, [whole]).generate(prompt, request) for prompt in PROMPTS[:3]]
     broken = BreaksOnce(whole.heads, pair.draft_identity, thresholds=whole.thresholds).break_at(4, what)
+    broken.clock = clock
     found = generate_together(engine_of(pair, [broken]), PROMPTS[:3], request)
     hit = [len(each.misses()) for each in found]
     assert sorted(hit) == [0, 0, 1]
@@ -324,5 +345,7 @@ def test_what_a_batch_refuses_it_says_how_to_mend(pair, bank):
     batch.join(engine.stream("x"))
     with pytest.raises(SettingError, match="give each engine a batch of its own"):
         batch.join(EmbeddedEngine(pair).stream("x"))
+    with pytest.raises(SettingError, match="0 s for scores is not allowed; give a positive number"):
+        EmbeddedEngine(pair, [bank], score_limit_s=0.0)
     with pytest.raises(SettingError, match="2 prompts came with 1 requests"):
         generate_together(engine, ["x", "y"], [Request()])

@@ -53,7 +53,7 @@ def _embedded(config: Serve) -> tuple[Any, list[HeadBank]]:
 
     if config.model is not None:
         raise SettingError("--model names a model of an upstream; give --upstream too, or name your own with --pair")
-    engine = start_engine(config)
+    engine = start_engine(config, score_limit_s=config.score_limit_s)
     backend = EmbeddedBackend(engine, max_streams=config.max_streams, max_queue=config.max_queue)
     return backend, list(engine.banks.values())
 

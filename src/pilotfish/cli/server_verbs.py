@@ -58,6 +58,8 @@ class Serve(Models):
     """Requests that wait; one more is refused with 429."""
     request_timeout_s: float = 600.0
     """Longest time from request to last token."""
+    score_limit_s: float = 30.0
+    """Heads that take longer for one reading leave its tokens unscored; the policy says what then."""
     requests_per_minute: int = 600
     """Of one API key."""
 

@@ -35,11 +35,12 @@ def find_banks(folders: tuple[Path, ...], readers: tuple[Identity | None, ...]) 
     return banks
 
 
-def start_engine(models: Models, drafting: Drafting | None = None) -> EmbeddedEngine:
+def start_engine(
+    models: Models, drafting: Drafting | None = None, *, score_limit_s: float | None = None
+) -> EmbeddedEngine:
     pair = load(models)
-    return EmbeddedEngine(
-        pair, find_banks(models.banks, (pair.draft_identity, pair.target_identity)), drafting=drafting
-    )
+    banks = find_banks(models.banks, (pair.draft_identity, pair.target_identity))
+    return EmbeddedEngine(pair, banks, drafting=drafting, score_limit_s=score_limit_s)
 
 
 def flag_policy(

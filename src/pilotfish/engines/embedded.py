@@ -29,17 +29,25 @@ class EmbeddedEngine:
         drafting: Drafting | None = None,
         edits: Mapping[str, Sequence[Edit]] | None = None,
         judge: Judge | None = None,
+        score_limit_s: float | None = None,
     ) -> None:
         """Each bank goes to the model that it was made for: the draft, or the target itself; those of one are joined.
 
         Args:
             edits: what rules may switch on, by name; all on the target.
             judge: whom rules may escalate to.
+            score_limit_s: where scores take longer than that the tokens are unscored, and the policy decides. Which
+                tokens those are depends on the machine; without a limit nothing does.
 
         Raises:
             BankMismatch: a bank was made for neither.
-            SettingError: two of one model have a head for one metric, or an edit does not fit the target.
+            SettingError: two of one model have a head for one metric, an edit does not fit the target, or the limit is
+                not positive.
         """
+        if score_limit_s is not None and score_limit_s <= 0:
+            raise SettingError(
+                f"a limit of {score_limit_s} s for scores is not allowed; give a positive number, or none"
+            )
         self.pair = pair
         self.drafting = drafting or Drafting()
         by_reader: dict[Reader, list[HeadBank]] = {}
@@ -55,6 +63,7 @@ class EmbeddedEngine:
             weight_ratio=weight_ratio(pair),
             edits=dict(edits or {}),
             judge=judge,
+            score_limit_s=score_limit_s,
         )
         for each in self.setup.edits.values():
             with edited(pair.target, each):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -65,7 +65,8 @@ class Loop:
         pair, banks = setup.pair, setup.banks
         self.exchange = Exchange(setup, prompt, request)
         self._setup, self._request = setup, request
-        options = {"vocab_size": pair.vocab_size, "boundary": len(prompt.ids)}
+        options: dict[str, Any] = {"vocab_size": pair.vocab_size, "boundary": len(prompt.ids)}
+        options["score_limit_s"] = setup.score_limit_s
         self._target = CachedModel(pair.target, "target", banks.get("target"), **options)
         self._draft = None
         if pair.draft is not None:

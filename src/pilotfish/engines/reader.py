@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -35,10 +36,12 @@ class CachedModel:
         *,
         vocab_size: int | None = None,
         boundary: int = 0,
+        score_limit_s: float | None = None,
     ) -> None:
         """`vocab_size` cuts the logits to it: two models of one vocabulary may pad theirs differently.
 
-        `boundary` is the position where the answer begins, which is judged without a look back at the prompt.
+        `boundary` is the position where the answer begins, which is judged without a look back at the prompt. Scores
+        that take longer than `score_limit_s` count as none.
         """
         self.model = model
         self.reader: Reader = reader
@@ -46,6 +49,7 @@ class CachedModel:
         self.boundary = boundary
         self.cache = DynamicCache()  # full layers even for sliding-window models, so that any rollback is exact
         self._vocab_size = vocab_size
+        self._score_limit_s = score_limit_s
         self._device = next(model.parameters()).device
         self.length = 0
         """Tokens consumed."""
@@ -129,16 +133,17 @@ class CachedModel:
             return
         bank, features, num_tokens = self.bank, self._features, self._num_unscored
         self._features, self._num_unscored, past = [], 0, self._channels
+        started = time.perf_counter()
         try:
             new = bank.channels(torch.cat(features))
             if len(new) != num_tokens:
                 raise ValueError(f"{len(new)} rows of features for {num_tokens} tokens")
             self._channels = torch.cat([past, new]) if len(past) else new
             found = bank.score(self._channels, num_tokens, boundary=self.boundary)
-            self._scores += [
-                Scores(bank.metrics, values, self.reader, running=running)
-                for values, running in zip(found.tokens.tolist(), found.running.tolist(), strict=True)
-            ]
+            values = zip(found.tokens.tolist(), found.running.tolist(), strict=True)
+            scores = [Scores(bank.metrics, each, self.reader, running=running) for each, running in values]
+            self._check_time(time.perf_counter() - started)
+            self._scores += scores
         except Exception as error:
             logger.exception("scoring failed; %d tokens are unscored", num_tokens)
             # So that what looks back on these tokens is unscored as well.
@@ -146,6 +151,12 @@ class CachedModel:
             self._channels = torch.cat([past, gap]) if len(past) else gap
             reason = f"head failed: {type(error).__name__}: {error}"
             self._scores += [Scores(bank.metrics, None, self.reader, reason) for _ in range(num_tokens)]
+
+    def _check_time(self, seconds: float) -> None:
+        if self._score_limit_s is not None and seconds > self._score_limit_s:
+            raise TimeoutError(
+                f"its scores took {seconds:.2f} s, more than the {self._score_limit_s:g} s that are given"
+            )
 
 
 def tapped_for(model: PreTrainedModel, bank: HeadBank | None) -> AbstractContextManager[Mapping[Site, Tensor]]:

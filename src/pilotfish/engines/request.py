@@ -56,6 +56,8 @@ class Setup:
     edits: Mapping[str, Sequence[Edit]]
     """What rules may switch on, on the target."""
     judge: Judge | None
+    score_limit_s: float | None
+    """Scores that take longer count as none."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
