@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import HTMLResponse, JSONResponse
-from pydantic import StringConstraints
 
 from pilotfish.actions import Policy, Recorded, dry_run, policy_from_dict, policy_to_dict
 from pilotfish.actions.recorded import RecordedToken
@@ -36,12 +35,16 @@ from pilotfish.server.schemas import (
 from pilotfish.server.service import Service
 from pilotfish.server.shown import report_of
 
+_PAGE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "One HTML file.", "content": {"text/html": {"schema": {"type": "string"}}}}
+}
+
 router = APIRouter(prefix="/v1/monitor", tags=["monitor"], responses=REFUSALS)
 
-_NAME = r"^[A-Za-z0-9_-]+$"
-Id = Annotated[str, Path(max_length=64, pattern=_NAME)]
+Id = Annotated[str, Path(max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 Ids = Annotated[
-    list[Annotated[str, StringConstraints(max_length=64, pattern=_NAME)]], Query(min_length=1, max_length=32)
+    str,
+    Query(max_length=2100, pattern=r"^[A-Za-z0-9_-]+(,[A-Za-z0-9_-]+){0,31}$", description="Ids, with commas between."),
 ]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Rows, as far as the server gives so many.")]
 Before = Annotated[float | None, Query(ge=0, le=1e12, description="Only rows made before this time, in s since 1970.")]
@@ -110,10 +113,10 @@ async def exchange(exchange_id: Id, service: Served, _: Reader) -> JSONResponse:
     return JSONResponse(await _stored(service, exchange_id))
 
 
-@router.get("/report", response_class=HTMLResponse)
+@router.get("/report", responses=_PAGE)
 async def report(service: Served, _: Reader, exchange: Ids) -> HTMLResponse:
     """The exchanges as one self-contained page, to be saved."""
-    found = [await _stored(service, each) for each in exchange]
+    found = [await _stored(service, each) for each in exchange.split(",")]
     page = await asyncio.to_thread(report_of, found, service.engine.info, service.policy)
     return HTMLResponse(page, headers={"content-disposition": 'attachment; filename="pilotfish.html"'})
 

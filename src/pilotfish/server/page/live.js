@@ -148,8 +148,7 @@ const shownIds = () => room.tools.panes.map(({ exchange }) => exchange.id).filte
 
 async function saveHtml() {
   try {
-    const asked = new URLSearchParams(shownIds().map((id) => ["exchange", id]));
-    save(await getBlob(`v1/monitor/report?${asked}`), "pilotfish.html");
+    save(await getBlob(`v1/monitor/report?exchange=${shownIds().join(",")}`), "pilotfish.html");
     $("save-note").textContent = "Saved.";
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
