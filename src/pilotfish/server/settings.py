@@ -39,7 +39,7 @@ class ServerSettings:
     keep_days: float | None = 30.0
     """Exchanges are deleted after this; None keeps them."""
     max_streams: int = 8
-    """Answers that are generated at the same time, in turns."""
+    """Answers that are generated at the same time."""
     max_queue: int = 32
     """Requests that wait for their turn; one more is refused with 429."""
     request_timeout_s: float = 600.0
