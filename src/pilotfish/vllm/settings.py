@@ -13,7 +13,7 @@ from pilotfish.errors import SettingError
 
 VARIABLE = "PILOTFISH_VLLM"
 """Environment variable with the path of the settings; without it the plugin does nothing."""
-Drafter = Literal["auto", "draft", "target"]
+Whose = Literal["auto", "draft", "target"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class VllmSettings:
     """Folders of banks for one model; none takes those that ship for it."""
     policy: str | None = None
     """TOML or JSON of a policy with the actions observe, flag, hold and stop; none observes."""
-    reader: Drafter = "auto"
+    reader: Whose = "auto"
     """Whose states are read: draft, target, or the drafter where there is one (auto)."""
     store: str | None = None
     """Of exchanges and alerts: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME; none keeps nothing."""
@@ -40,8 +40,6 @@ class VllmSettings:
     """Whether to count in vLLM's Prometheus registry."""
 
     def __post_init__(self) -> None:
-        if self.reader not in get_args(Drafter):
-            raise SettingError(f"reader {self.reader!r} is unknown; use one of {', '.join(get_args(Drafter))}")
         if self.store is None and (self.alerts_file is not None or self.webhook is not None):
             raise SettingError("alerts are sent from a store, but none is named; set store, or leave the sinks out")
 
@@ -77,6 +75,8 @@ def _check_kind(path: Path, name: str, value: Any) -> None:
     if type(value) is not wanted or (isinstance(value, list) and not all(type(item) is str for item in value)):
         what = {list: "a list of folders", bool: "true or false", str: "text"}[wanted]
         raise SettingError(f"{path}: {name} is {value!r}; give {what}")
+    if name == "reader" and value not in get_args(Whose):
+        raise SettingError(f"{path}: reader {value!r} is unknown; use one of {', '.join(get_args(Whose))}")
 
 
 def _resolved(folder: Path, name: str, value: Any) -> Any:
