@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+
+from pilotfish.engines import Token
+from pilotfish.engines.records import Scores
+from pilotfish.server.exchanges import Exchange
+
+HOSTILE = "</script><img src=x onerror='window.pwned=1'><svg onload=window.pwned=1>\u202e{{data}}"
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 WATCH = """
@@ -42,7 +50,7 @@ class Visit:
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         self.context.add_init_script(WATCH)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(60_000)
         self.page.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))
         self.page.on("console", self._on_console)
         self.page.on("request", self._on_request)
@@ -66,3 +74,61 @@ class Visit:
         self.context.close()
         assert self.wrong == []
         assert violated == []
+
+
+def stored(name: str, text: str, *, size: int = 1, **changes) -> Exchange:
+    """Two tokens of a prompt and an answer of `size` words whose scores rise from 0 to nearly 1."""
+    words = ["<|im_start|>", f"{text} ", *[text if i == 0 else f" word{i}\n" for i in range(size)]]
+    tokens = [
+        Token(
+            position=i,
+            id=i,
+            text=word,
+            origin="prompt" if i < 2 else ("draft", "target")[i % 2],
+            round=i // 4,
+            scores=Scores(("wide", "narrow"), [i / len(words), 0.1], "draft"),
+            delta=word,
+            is_emitted=True,
+        )
+        for i, word in enumerate(words)
+    ]
+    made = Exchange(
+        id=name,
+        created_s=time.time(),
+        finished_s=time.time(),
+        endpoint="chat.completions",
+        model="tiny",
+        key_id=None,
+        state="done",
+        prompt=text,
+        tokens=tokens,
+        num_prompt_tokens=2,
+        finish_reason="length",
+        stats={"seconds": 1.0, "acceptance": 0.5, "highest": {"wide": tokens[-1].scores["wide"].running}},
+    )
+    return replace(made, **changes)
+
+
+def ask(page, question: str = "hello", *, tokens: int = 48) -> None:
+    """Asks, and waits until the answer has ended."""
+    page.evaluate(f"document.getElementById('max-tokens').value = {tokens}")
+    page.fill("#question", question)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#exports:not([hidden])")
+
+
+def texts(page, selector: str) -> list[str]:
+    """What tokens say, without the marks for what is invisible."""
+    return page.eval_on_selector_all(selector, "nodes => nodes.map(node => node.textContent)")
+
+
+def scores(page, selector: str) -> list[float]:
+    return page.eval_on_selector_all(
+        selector, "nodes => nodes.map(node => Number(node.style.getPropertyValue('--score')))"
+    )
+
+
+def axe_finds_nothing(page, room: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    found = axe.Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == [], room

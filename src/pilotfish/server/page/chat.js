@@ -47,7 +47,8 @@ export class Chat {
 
   messages(question) {
     const system = $("system").value.trim();
-    const before = this.turns.flatMap(({ said, pane }) => [{ role: "user", content: said }, { role: "assistant", content: pane.exchange.answer }]);
+    const answered = this.turns.filter(({ pane }) => pane.exchange.answer);
+    const before = answered.flatMap(({ said, pane }) => [{ role: "user", content: said }, { role: "assistant", content: pane.exchange.answer }]);
     return [...(system ? [{ role: "system", content: system }] : []), ...before, { role: "user", content: question }];
   }
 

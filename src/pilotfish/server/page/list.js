@@ -1,6 +1,6 @@
 // The list of exchanges: filters, the highest score of each, two of them to compare.
 import { $, decimals, make, plural, words } from "./marks.js";
-import { getJson } from "./api.js";
+import { getJson, Refusal } from "./api.js";
 
 const ROWS = 50;
 const RECENT = 200;
@@ -12,12 +12,12 @@ export class List {
     const kinds = [["", "all"], ["any", "any alert"], ...monitor.heads.map((metric) => [metric, words(metric)])];
     $("alerts").append(...kinds.map(([value, label]) => new Option(label, value)));
     let timer = 0;
-    $("search").addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(() => this.load(), NEAR); });
-    $("filters").addEventListener("submit", (event) => { event.preventDefault(); this.load(); });
-    $("alerts").addEventListener("change", () => this.load());
+    $("search").addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(() => this.search(), NEAR); });
+    $("filters").addEventListener("submit", (event) => { event.preventDefault(); this.search(); });
+    $("alerts").addEventListener("change", () => this.search());
     $("order").addEventListener("change", () => this.draw());
     $("ranked").addEventListener("change", ({ target }) => { tools.choose(target.value); this.draw(); });
-    $("older").addEventListener("click", () => this.load(this.rows.at(-1).created_s));
+    $("older").addEventListener("click", () => this.search(this.rows.at(-1).created_s));
     $("compare").addEventListener("click", () => { location.hash = `compare=${[...this.picked].join(",")}`; });
     $("rows").addEventListener("change", ({ target }) => this.pick(target));
   }
@@ -25,6 +25,16 @@ export class List {
   /** The newest exchanges of all: what a threshold is held against beside the card. */
   async readRecent() {
     this.monitor.recent = (await getJson(`v1/monitor/exchanges?limit=${RECENT}`)).exchanges;
+  }
+
+  /** Loads, and says in place of the count what the server refused. */
+  async search(before = null) {
+    try {
+      await this.load(before);
+    } catch (error) {
+      if (!(error instanceof Refusal)) throw error;
+      $("list-count").textContent = error.message;
+    }
   }
 
   /** The first rows that the filters let through, or those before a time. */

@@ -147,8 +147,13 @@ function save(blob, file) {
 const shownIds = () => room.tools.panes.map(({ exchange }) => exchange.id).filter(Boolean);
 
 async function saveHtml() {
+  const ids = shownIds();
+  if (!ids.length) {
+    $("save-note").textContent = "The server has begun none of these answers, so it has nothing to save.";
+    return;
+  }
   try {
-    save(await getBlob(`v1/monitor/report?exchange=${shownIds().join(",")}`), "pilotfish.html");
+    save(await getBlob(`v1/monitor/report?exchange=${ids.join(",")}`), "pilotfish.html");
     $("save-note").textContent = "Saved.";
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
