@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -17,10 +18,11 @@ from server_kit import FAST, running, serving, until
 from upstream_kit import DONE, Hang, chunk, event, scripted, told
 
 from pilotfish.actions import Policy, Rule
+from pilotfish.cli import main
 from pilotfish.engines import EmbeddedEngine
-from pilotfish.errors import SettingError
+from pilotfish.errors import EngineFailed, SettingError
 from pilotfish.models import LoadedModel, tiny_tokenizer
-from pilotfish.server import ProxyBackend, ServerSettings, Upstream
+from pilotfish.server import ProxyBackend, ServerSettings, Store, Upstream, proxy_text
 from pilotfish.server.proxy_text import GrowingText
 
 KEY = "sk-secret-of-the-upstream"
@@ -135,6 +137,31 @@ def test_in_front_of_our_own_server_text_and_scores_are_those_of_the_whole_text(
             client.completions.create(model=name, prompt="def f(", max_tokens=12, temperature=0).choices[0].text == raw
         )
         assert server.backend.load == (0, 0)
+
+
+def test_eight_answers_at_a_time_do_not_mix(server, client, script):
+    texts = {f"w{i}": " ".join(f"{i} {word}" for word in TEXT.split()) for i in range(8)}
+    script.say()
+    script.write = lambda body: told(cut(texts[body["stop"][0]], 0))
+
+    def ask(name: str):
+        return asked(client, stop=[name], extra_body={"monitor": {"prompt": True}}).choices[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        choices = list(pool.map(ask, texts))
+    for choice, text in zip(choices, texts.values(), strict=True):
+        assert choice.message.content == text
+        same_scores(choice.monitor["tokens"], scored_whole(server, text))
+
+
+def test_any_legal_form_of_server_sent_events_is_read(client, script):
+    text = "na\u00efve \U0001f4a1 \u2028the end"
+    whole = b": hello\n\nevent: x\n" + b"".join(told([text[:8], text[8:]]))
+    whole = whole.replace(b"\n", b"\r\n")
+    script.say(*(whole[i : i + 7] for i in range(0, len(whole), 7)))
+    assert asked(client).choices[0].message.content == text
+    script.say(b'data:{"choices": [{"index": 0,\ndata: "delta": {"content": "fine"}, "finish_reason": "stop"}]}')
+    assert asked(client).choices[0].message.content == "fine"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -326,7 +353,7 @@ TWO = {"choices": [{"index": 0, "delta": {"content": "a"}}, {"index": 1, "delta"
         ([event({})], "it has no choices"),
         ([event({"choices": [{"index": 0}]})], "a choice says nothing"),
         ([chunk(None, content=["a"])], "its text is no string"),
-        ([chunk("a\ud800".encode("utf-8", "surrogatepass").decode("latin-1")), b'data: "\n\n'], "it is not JSON"),
+        ([b'data: {"choices": [{"index": 0, "delta": {"content": "\\ud83d"}}]}\n\n'], "half a character"),
         ([event({"error": {"message": f"bad key {KEY}"}})], "ended its answer with an error"),
         ([event(TWO)], "several choices"),
         ([chunk("a", tool_calls=TOOL)], "calls a tool, which is not monitored"),
@@ -433,6 +460,35 @@ def test_a_client_that_leaves_ends_the_upstreams_request_and_frees_the_place(pai
     assert stored["state"] == "cancelled"
 
 
+def test_a_server_that_is_told_to_end_ends_the_upstreams_request(pair, bank, upstream, tmp_path):
+    url, script = upstream
+    script.say(chunk("one two three "), Hang())
+    backend = ProxyBackend(Upstream(url, "big"), beside(pair), bank)
+    chosen = ServerSettings(port=0, retrying=FAST, drain_s=1.0)
+    with serving(backend, tmp_path, chosen, policy=HOLD) as server, client_of(server) as client:
+        stream = asked(client, stream=True)
+        next(stream)
+        server.server.should_exit = True
+        assert script.was_left.wait(20)
+    store = Store(f"sqlite:///{tmp_path / 'store.db'}")
+    assert [row["state"] for row in store.exchanges(limit=5)] == ["cancelled"]
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "big"], "give --upstream too"),
+        (["--upstream", "http://127.0.0.1:9/v1"], "--model NAME"),
+        (["--upstream", "http://127.0.0.1:9/v1", "--model", "big", "--draft", "d"], "name the --reader"),
+        (["--upstream", "127.0.0.1:9", "--model", "big"], "not usable"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused_before_a_model_is_loaded(tmp_path, capsys, flags, words):
+    assert main(["serve", "--store", f"sqlite:///{tmp_path / 'store.db'}", *flags]) == 1
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"tools": []}, "tools"), ({"n": 2}, "n"), ({"extra_body": {"monitor": {"signals": True}}}, "second signals")],
@@ -491,3 +547,15 @@ def test_a_long_text_is_tokenized_by_its_last_part_alone_and_stays_exact():
     assert text._window[1] > len(said) - 1000
     expected = tokenizer("<|im_start|>assistant\n" + said, add_special_tokens=False)["input_ids"]
     assert [piece.id for piece in text.take()] == expected
+
+
+def test_a_final_token_that_changes_all_the_same_is_an_error(monkeypatch):
+    monkeypatch.setattr(proxy_text, "TAIL", 1)  # too few: these ten characters become one token
+    text = GrowingText(tiny_tokenizer(), "<|im_start|>assistant\n", templated=True)
+
+    def spell() -> None:
+        for character in "<|im_end|>":
+            text.push(character)
+
+    with pytest.raises(EngineFailed, match="split a text otherwise"):
+        spell()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import uvicorn
@@ -35,10 +35,12 @@ class Hang:
 
 
 class Scripted:
-    """An ASGI application with one script for all requests, and what has reached it."""
+    """An ASGI application that follows a script, and what has reached it."""
 
     def __init__(self) -> None:
         self.script: Sequence[bytes | Hang] = ()
+        self.write: Callable[[dict[str, Any]], Sequence[bytes | Hang]] = lambda body: self.script
+        """What is said to a request's body."""
         self.status, self.kind, self.headers = 200, "text/event-stream", dict[str, str]()
         self.bodies: list[dict[str, Any]] = []
         self.asked: list[dict[str, str]] = []
@@ -49,6 +51,7 @@ class Scripted:
     def say(self, *script: bytes | Hang, status: int = 200, kind: str = "text/event-stream", **headers: str) -> None:
         self.script, self.status, self.kind, self.headers = script, status, kind, headers
         self.bodies, self.asked, self.paths = [], [], []
+        self.write = lambda body: self.script
         self.was_left.clear()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -58,14 +61,15 @@ class Scripted:
         while more:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
-        self.bodies.append(json.loads(body))
+        asked = json.loads(body)
+        self.bodies.append(asked)
         self.asked.append({name.decode(): value.decode() for name, value in scope["headers"]})
         self.paths.append(scope["path"])
         told = {"content-type": self.kind} | {name.replace("_", "-"): value for name, value in self.headers.items()}
         headers = [(name.encode(), value.encode()) for name, value in told.items()]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         gone = asyncio.create_task(receive())
-        for part in self.script:
+        for part in self.write(asked):
             if isinstance(part, Hang):
                 await gone
             if gone.done():

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 LONGEST_RETRY_S = 60.0
 MOST_ARRIVALS = 1024
 """Pieces of an answer that may wait to be read; the upstream waits then."""
+LINGER_S = 0.2
 _SMOOTHING = 0.2
 """Weight of the newest duration in the running mean that Retry-After is made from."""
 
@@ -202,6 +203,7 @@ class ProxyStream:
         fetching = asyncio.create_task(self._fetch(exchange, arrivals))
         try:
             await self._read(exchange)
+            ending = None
             while not exchange.is_over:
                 text, ending, error = await _gathered(arrivals, exchange)
                 if text or ending is not None:
@@ -209,6 +211,8 @@ class ProxyStream:
                     await self._read(exchange)
                 if error is not None and not exchange.is_over:
                     raise error
+            if ending is not None:  # the stream's own end follows, and then its connection can be used again
+                await asyncio.wait([fetching], timeout=LINGER_S)
         finally:
             fetching.cancel()
             await asyncio.wait([fetching])

@@ -196,13 +196,19 @@ def arrival(payload: Any, *, is_raw: bool = False, streams: bool = True) -> Arri
         raise _malformed("a choice says nothing")
     if said.get("tool_calls") or said.get("function_call"):
         raise UpstreamError("the upstream calls a tool, which is not monitored; ask it for text alone")
-    text = said.get("text" if is_raw else "content")
+    text = _text(said.get("text" if is_raw else "content"))
     reason = choice.get("finish_reason")
-    if not isinstance(text, str | None):
-        raise _malformed("its text is no string")
     if reason is not None and (not isinstance(reason, str) or reason not in _FINISH):
         raise UpstreamError("the upstream ended its answer for a reason that is not known here")
-    return Arrival(text or "", None if reason is None else _FINISH[reason], tuple(n for n in _DROPPED if said.get(n)))
+    return Arrival(text, None if reason is None else _FINISH[reason], tuple(n for n in _DROPPED if said.get(n)))
+
+
+def _text(given: Any) -> str:
+    if not isinstance(given, str | None):
+        raise _malformed("its text is no string")
+    if any("\ud800" <= character <= "\udfff" for character in given or ""):
+        raise _malformed("its text holds half a character")
+    return given or ""
 
 
 async def _payloads(response: httpx.Response) -> AsyncIterator[bytes]:
