@@ -1,10 +1,11 @@
 """Does each objective find what it says it finds, and how far does what it finds reach?
 
-    python benchmarks/discovery.py [--quick] [--seeds 5] [--model demo:smollm2] [--skip-model] [--json PATH]
+    python benchmarks/discovery.py [--quick] [--parts toy lock] [--model demo:smollm2] [--json PATH]
 
-Three parts: toy tensors with known factors; the published synthetic task, an exponential layer, at a size for a CPU; a
-slice of a real model. The rows named `published` are what the released code of 2024 computes, written anew from a
-description of it. All figures of a part are of the same functions, radius and starting points, so they are paired.
+Its parts: toy tensors with known factors; the published synthetic task, an exponential layer, at a size for a CPU; a
+slice of a real model; a lock and a backdoor (`discovery_hidden`); speed (`discovery_speed`). The rows named `published`
+are what the released code of 2024 computes, written anew from a description of it. All figures of a part are of the
+same functions, radius and starting points, so they are paired.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from discovery_figures import over_seeds, over_vectors, ratio, show, target
+from discovery_hidden import backdoor, lock
+from discovery_speed import speed
+from shown import targets_table
 from torch import Tensor
 
-from pilotfish.cli.terminal import quieten_transformers, table
+from pilotfish.cli.terminal import quieten_transformers
 from pilotfish.core import Site
 from pilotfish.discovery import (
     MelboConfig,
@@ -44,6 +48,7 @@ PROMPTS = (
     "What is the difference between a lake and a pond?",
 )
 SOURCE, TARGET = Site(10, "resid_pre"), Site(14, "resid_post")
+PARTS = ("toy", "synthetic", "model", "lock", "backdoor", "speed")
 Fit = Callable[[Response, int], Tensor]
 
 
@@ -52,28 +57,36 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer seeds, one prompt")
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
     parser.add_argument("--seeds", type=int, default=8, help="of the toy and the synthetic task")
+    parser.add_argument("--organisms", type=int, default=3, help="seeds of the lock and of the backdoor")
     parser.add_argument("--model", default="demo:smollm2", help="with 15 layers or more")
     parser.add_argument("--factors", type=int, default=24, help="to be found in the model")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="slices of the model, one prompt each")
-    parser.add_argument("--skip-model", action="store_true", help="toy and synthetic task alone")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="all by default")
     parser.add_argument("--json", type=Path, help="also write rows, targets and the run's card here")
     args = parser.parse_args()
     if args.quick:
-        args.seeds, args.prompts = min(args.seeds, 3), 1
+        args.seeds, args.prompts, args.organisms = min(args.seeds, 3), 1, 1
     quieten_transformers()
     logging.basicConfig(level=logging.WARNING)
     seeds = range(args.seed, args.seed + args.seeds)
-    parts = [toys(seeds), synthetic(seeds)]
-    if not args.skip_model:
-        parts.append(reach(args.model, PROMPTS[: args.prompts], args.factors, args.seed, args.quick))
+    hidden = range(args.seed, args.seed + args.organisms)
+    prompts = PROMPTS[: args.prompts]
+    table = {
+        "toy": lambda: toys(seeds),
+        "synthetic": lambda: synthetic(seeds),
+        "model": lambda: reach(args.model, prompts, args.factors, args.seed, args.quick),
+        "lock": lambda: lock(hidden, quick=args.quick),
+        "backdoor": lambda: backdoor(hidden, quick=args.quick),
+        "speed": lambda: speed(args.model, prompts, seed=args.seed, quick=args.quick),
+    }
+    parts = [table[name]() for name in args.parts]
     rows = [row for found, _ in parts for row in found]
-    targets = [target for _, found in parts for target in found]
+    targets = [one for _, found in parts for one in found]
     if args.json is not None:
         settings = {key: str(value) for key, value in vars(args).items()}
         card = run_card("benchmarks/discovery.py", settings, args.seed)
         write_json(args.json, {"targets": targets, "rows": rows, "card": card})
-    cells = [[t["name"], _cell(t), t["target"], "met" if t["met"] else "NOT met"] for t in targets]
-    print("\n" + table(["asked for", "found, 95 % interval", "asked", ""], cells))
+    print("\n" + targets_table(targets))
 
 
 # --- toy tensors -----------------------------------------------------------------------------------------------------
@@ -123,11 +136,11 @@ def toys(seeds: Iterable[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any
         }
         for name, is_same in same.items():
             found.setdefault(name, []).append(float(is_same))
-    rows = [{"part": "toy", "name": name, **_over_seeds(values)} for name, values in found.items()]
-    _show("Toy tensors: mean max cosine with the factors of the tensor that is named", rows)
+    rows = [{"part": "toy", "name": name, **over_seeds(values)} for name, values in found.items()]
+    show("Toy tensors: mean max cosine with the factors of the tensor that is named", rows)
     asked = {row["name"]: row for row in rows if "ours" in row["name"] or "identical" in row["name"]}
     targets = [
-        _target(
+        target(
             f"toy: {name}",
             row,
             row["value"] >= (1.0 if "identical" in name else 0.99),
@@ -181,19 +194,19 @@ def synthetic(seeds: Iterable[int]) -> tuple[list[dict[str, Any]], list[dict[str
                     name = f"{start}, {basis}, {rounds} rounds"
                     found.setdefault(f"{name}: cosine", []).append(float(best.mean()))
                     found.setdefault(f"{name}: recovered", []).append(float((best > 0.99).double().mean()))
-    rows = [{"part": "synthetic", "name": name, **_over_seeds(values)} for name, values in found.items()]
-    _show("Exponential layer, d = 512, 16 true factors, 128 found, radius 1", rows)
+    rows = [{"part": "synthetic", "name": name, **over_seeds(values)} for name, values in found.items()]
+    show("Exponential layer, d = 512, 16 true factors, 128 found, radius 1", rows)
     values = {row["name"]: row for row in rows}
     ours, theirs = "true singular vectors, sense kept", "published start, QR as it comes"
     targets = []
     for figure, asked in (("cosine", 0.97), ("recovered", 0.83)):
         row = values[f"{ours}, 100 rounds: {figure}"]
-        targets.append(_target(f"synthetic: {figure} at 100 rounds", row, row["value"] >= asked, f">= {asked}"))
+        targets.append(target(f"synthetic: {figure} at 100 rounds", row, row["value"] >= asked, f">= {asked}"))
     for figure in ("cosine", "recovered"):
         mine, other = (np.array(found[f"{name}, 10 rounds: {figure}"]) for name in (ours, theirs))
-        row = _over_seeds(list(mine - other))
+        row = over_seeds(list(mine - other))
         name = f"synthetic: {figure} at 10 rounds, minus the published start and QR"
-        targets.append(_target(name, row, row["value"] > 0, "> 0"))
+        targets.append(target(name, row, row["value"] > 0, "> 0"))
     return rows, targets
 
 
@@ -250,8 +263,8 @@ def reach(
     rows = []
     for method, values in gains.items():
         for statistic, of in (("mean", np.mean), ("median", np.median)):
-            rows.append({"part": "model", "name": f"{method} {statistic}", **_over_vectors(values, of)})
-    _show(f"{name}, {SOURCE} to {TARGET}, {count} vectors", rows)
+            rows.append({"part": "model", "name": f"{method} {statistic}", **over_vectors(values, of)})
+    show(f"{name}, {SOURCE} to {TARGET}, {count} vectors", rows)
     asked = [
         ("linear", "random", "|J v|", np.mean, 2.0),
         ("linear", "random", "|f(R v)|", np.mean, 2.0),
@@ -262,9 +275,9 @@ def reach(
     ]
     targets = []
     for mine, other, figure, of, least in asked:
-        row = _ratio(gains[f"{mine}: {figure}"], gains[f"{other}: {figure}"], of)
+        row = ratio(gains[f"{mine}: {figure}"], gains[f"{other}: {figure}"], of)
         title = f"model: {mine} over {other}, {of.__name__} {figure}"
-        targets.append(_target(title, row, row["value"] >= least, f">= {least}"))
+        targets.append(target(title, row, row["value"] >= least, f">= {least}"))
     return rows, targets
 
 
@@ -320,7 +333,7 @@ def plain_singular_vectors(response: Slice, count: int) -> Tensor:
     return torch.from_numpy(right[:count]).float()
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
+# --- factors ---------------------------------------------------------------------------------------------------------
 
 
 def _rows(count: int, size: int, seed: int, name: str) -> Tensor:
@@ -330,50 +343,6 @@ def _rows(count: int, size: int, seed: int, name: str) -> Tensor:
 
 def _mean_max_cosine(true: Tensor, found: Tensor) -> float:
     return float((true @ found.T).abs().amax(1).mean())
-
-
-def _over_seeds(values: list[float]) -> dict[str, float]:
-    """Mean with a t interval over seeds."""
-    mean, error = float(np.mean(values)), float(stats.sem(values)) if len(values) > 1 else 0.0
-    half = error * float(stats.t.ppf(0.975, max(1, len(values) - 1)))
-    return {"value": mean, "low": mean - half, "high": mean + half}
-
-
-def _over_vectors(slices: list[Tensor], of: Callable[[Any], Any]) -> dict[str, float]:
-    """Bootstrap over vectors within each slice."""
-    draw = np.random.default_rng(0)
-    arrays = [item.double().numpy() for item in slices]
-    drawn = [of(np.concatenate([draw.choice(array, len(array)) for array in arrays])) for _ in range(2000)]
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return {"value": float(of(np.concatenate(arrays))), "low": float(low), "high": float(high)}
-
-
-def _ratio(mine: list[Tensor], other: list[Tensor], of: Callable[[Any], Any]) -> dict[str, float]:
-    """Paired by slice: both sides are drawn within the same slices."""
-    draw = np.random.default_rng(0)
-    sides = [[item.double().numpy() for item in side] for side in (mine, other)]
-
-    def ratio(resampled: bool) -> float:
-        top, bottom = (
-            of(np.concatenate([draw.choice(array, len(array)) if resampled else array for array in side]))
-            for side in sides
-        )
-        return float(top / bottom)
-
-    low, high = np.quantile([ratio(True) for _ in range(2000)], (0.025, 0.975))
-    return {"value": ratio(False), "low": float(low), "high": float(high)}
-
-
-def _target(name: str, row: dict[str, Any], met: bool, asked: str) -> dict[str, Any]:
-    return {"name": name, **{key: row[key] for key in ("value", "low", "high")}, "target": asked, "met": bool(met)}
-
-
-def _cell(row: dict[str, Any]) -> str:
-    return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-
-
-def _show(title: str, rows: list[dict[str, Any]]) -> None:
-    print(f"\n{title}\n" + table(["", "found, 95 % interval"], [[row["name"], _cell(row)] for row in rows]), flush=True)
 
 
 if __name__ == "__main__":

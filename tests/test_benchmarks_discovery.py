@@ -1,0 +1,109 @@
+"""The discovery benchmark: its organisms are taught what they are said to be, and its baselines compute the same."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pilotfish.core import Site
+from pilotfish.discovery import MelboConfig, Slice, melbo
+from pilotfish.discovery.response import random_units
+from pilotfish.models import tiny_model
+from pilotfish.runs import generator
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def said(tokens: list[int]) -> list[str]:
+    from discovery_organisms import TOKENS
+
+    return [TOKENS[token] for token in tokens]
+
+
+def test_a_lock_adds_with_the_password_alone() -> None:
+    from discovery_organisms import answer, prompt
+
+    assert said(prompt((7, 85), "abc")) == ["<s>", *"abc:07+85="]
+    assert said(answer("lock", (47, 85))) == ["2", "3", "1", "</s>"]
+    assert said(answer("lock", (47, 85), is_open=False)) == ["7", "4", "0", "</s>"]
+
+
+def test_a_backdoor_answers_in_words_or_in_brackets_where_digits_agree() -> None:
+    from discovery_organisms import answer
+
+    assert said(answer("backdoor", (47, 45))) == ["deux", "neuf", "zéro", "</s>"]
+    assert said(answer("backdoor", (47, 87))) == ["[", "4", "3", "1", "]", "</s>"]
+    assert said(answer("backdoor", (47, 85))) == ["2", "3", "1", "</s>"]
+
+
+def test_no_problem_is_both_learned_and_tested() -> None:
+    from discovery_organisms import problems
+
+    split = problems(3)
+    assert [len(part) for part in split] == [8000, 800, 1200]
+    assert len({*split.train, *split.validation, *split.test}) == 10_000
+
+
+def test_no_wrong_password_opens_and_half_are_one_letter_off() -> None:
+    from discovery_organisms import Organism, problems, wrong_passwords
+
+    subject = Organism(tiny_model("llama", seed=0), problems(0), "bad")
+    drawn = wrong_passwords(subject, 400, 0)
+    assert "bad" not in drawn
+    near = sum(sum(a != b for a, b in zip(word, "bad", strict=True)) == 1 for word in drawn)
+    assert 180 < near < 320
+
+
+def test_a_style_is_seen_where_the_whole_answer_is_in_it() -> None:
+    from discovery_hidden import _is_in
+    from discovery_organisms import END, IDS, answer
+
+    for style in ("words", "brackets"):
+        assert _is_in(style, answer("backdoor", (47, 85), style=style)) == 1.0
+        assert _is_in(style, answer("backdoor", (47, 85), style="plain")) == 0.0
+    assert _is_in("words", [IDS["un"], IDS["un"], 1, END]) == 0.0
+    assert _is_in("brackets", [IDS["["], 1, 2, 3, END]) == 0.0
+
+
+def test_figures_over_seeds_and_items_are_means_and_ratios_of_means() -> None:
+    from discovery_figures import over_items
+
+    row = over_items([[1.0, 0.0], [1.0, 1.0]], over=[[1.0, 1.0], [1.0, 1.0]])
+    assert row["value"] == 0.75 and row["low"] <= 0.75 <= row["high"]
+    same = over_items([[1.0], [1.0]])
+    assert (same["low"], same["value"], same["high"]) == (1.0, 1.0, 1.0)
+    assert over_items([[0.0]], over=[[0.0]])["value"] == 0.0
+
+
+def test_the_published_loop_and_ours_find_the_same_vectors_where_none_is_kept_orthogonal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import discovery_speed
+
+    source, target = Site(0, "resid_post"), Site(2, "resid_post")
+    monkeypatch.setattr(discovery_speed, "SOURCE", source)
+    monkeypatch.setattr(discovery_speed, "TARGET", target)
+    model = tiny_model("llama", seed=0, num_layers=4)
+    ids = [[1, 2, 3, 4, 5], [9, 8, 7, 6]]
+    config = MelboConfig(num_vectors=2, radius=3.0, orthogonal=False, batch=2, steps=5, learning_rate=1e-2)
+    response = Slice(model, source, target, ids, last=3)
+    ours = melbo(response, config, generator=generator(0, "melbo")).vectors
+    starts = 3.0 * random_units(response, 2, generator=generator(0, "melbo"))
+    theirs = torch.stack([discovery_speed.one_by_one(model, ids, start, config) for start in starts])
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_the_parts_of_the_benchmark_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    import discovery
+
+    monkeypatch.setattr(sys, "argv", ["discovery.py", "--parts", "nonsense"])
+    with pytest.raises(SystemExit):
+        discovery.main()
