@@ -41,13 +41,10 @@ def beside(pair) -> LoadedModel:
     return LoadedModel(pair.draft, pair.tokenizer, pair.draft_identity, "")
 
 
-def proxy(
-    pair, bank, url, folder, *, policy=HOLD, model="big", timeout_s=20.0, max_streams=8, max_queue=32, store=None
-):
+def proxy(pair, bank, url, folder, *, policy=HOLD, model="big", timeout_s=20.0, **options):
     chosen = ServerSettings(port=0, retrying=FAST)
     target = Upstream(url, model, api_key=KEY, timeout_s=timeout_s)
-    backend = ProxyBackend(target, beside(pair), bank, max_streams=max_streams, max_queue=max_queue)
-    return serving(backend, folder, chosen, policy=policy, store=store)
+    return serving(ProxyBackend(target, beside(pair), bank, **options), folder, chosen, policy=policy)
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +323,15 @@ def test_a_reader_that_breaks_lets_nothing_out_under_the_default_policy(pair, up
         else:
             assert choice.finish_reason == "content_filter"
             assert "the reader failed" in choice.monitor["verdicts"][0]["reason"]
+
+
+def test_scores_that_come_too_late_stop_a_held_answer(pair, bank, upstream, tmp_path):
+    url, script = upstream
+    script.say(*told(["fine"]))
+    with proxy(pair, bank, url, tmp_path, score_limit_s=1e-9) as late, client_of(late) as client:
+        choice = asked(client).choices[0]
+    assert (choice.message.content, choice.finish_reason) == ("", "content_filter")
+    assert "more than the 1e-09 s" in choice.monitor["verdicts"][0]["reason"]
 
 
 def broken_forward(*_, **__):

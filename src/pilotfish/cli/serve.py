@@ -69,7 +69,8 @@ def _proxy(config: Serve) -> tuple[Any, list[HeadBank]]:
     upstream = Upstream(config.upstream or "", config.model, api_key=key, timeout_s=config.upstream_timeout_s)
     reader = load_model(config.reader, device=config.device, dtype=config.dtype)
     bank = joined(find_banks(config.banks, (reader.identity,)))
-    backend = ProxyBackend(upstream, reader, bank, max_streams=config.max_streams, max_queue=config.max_queue)
+    room = {"max_streams": config.max_streams, "max_queue": config.max_queue}
+    backend = ProxyBackend(upstream, reader, bank, score_limit_s=config.score_limit_s, **room)
     return backend, [bank]
 
 

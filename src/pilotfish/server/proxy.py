@@ -48,11 +48,18 @@ class ProxyBackend:
     """
 
     def __init__(
-        self, upstream: Upstream, reader: LoadedModel, bank: HeadBank, *, max_streams: int = 8, max_queue: int = 32
+        self,
+        upstream: Upstream,
+        reader: LoadedModel,
+        bank: HeadBank,
+        *,
+        max_streams: int = 8,
+        max_queue: int = 32,
+        score_limit_s: float | None = None,
     ) -> None:
         """Raises `BankMismatch` for a bank that was made for another reader."""
         bank.check(reader.identity)
-        self.upstream, self.beside = upstream, Beside(reader, bank)
+        self.upstream, self.beside = upstream, Beside(reader, bank, score_limit_s)
         self._max_jobs, self._places = max_streams + max_queue, asyncio.Semaphore(max_streams)
         self._num_jobs = self._num_running = 0
         self._streams: set[ProxyStream] = set()

@@ -34,6 +34,8 @@ class Beside(NamedTuple):
 
     model: LoadedModel
     bank: HeadBank
+    score_limit_s: float | None = None
+    """Scores of an answer that take longer count as none."""
 
     @property
     def name(self) -> str:
@@ -90,7 +92,9 @@ class ReadExchange:
                 f"{call.request.max_new_tokens:,}; {beside.name}, which reads along, takes at most "
                 f"{beside.max_tokens:,} together. Shorten the prompt or lower max_tokens"
             )
-        self._model = CachedModel(beside.model.model, "draft", beside.bank, boundary=sys.maxsize)
+        self._model = CachedModel(
+            beside.model.model, "draft", beside.bank, boundary=sys.maxsize, score_limit_s=beside.score_limit_s
+        )
         self._watch = Watch(self._policy)
         self._reasoning = Reasoning()
         self._pieces: list[Piece] = []
