@@ -148,7 +148,7 @@ class Experiment:
             "stop": whole | self._cut(self.head, 0),
             "escalate": whole | self._cut({key: each for key, each in self.head.items() if "/attack/" in key}, 0),
         }
-        return found | {name: whole | self._acted(name) for name in ACTING}
+        return found | {name: whole | self._acted(name) for name in ACTING} | {"redo": whole | self._redone()}
 
     def _cut(self, said: Mapping[str, Suspicion], lag: int) -> Outcome:
         """Outputs that end where the alarm rose, or as many tokens later."""
@@ -172,6 +172,15 @@ class Experiment:
             edits = safe_edits(self._pair, list(self._tasks.values()), self._args.dose, layer)
         found = self._episodes.run(EmbeddedEngine(self._pair, self._banks, edits=edits), wanted, self._length)
         return {old.key: Judgement(new.passes, new.is_flawed) for old, new in zip(raised, found, strict=True)}
+
+    def _redone(self) -> Outcome:
+        """The draft answers anew and alone, where the alarm rises."""
+        raised = [each for each in self.observed if self.head[each.key].flagged]
+        rule = Rule(metric=METRIC, action="defer", threshold=0.0, scope="answer")
+        wanted = {each.task: Wanted(self._tasks[each.task], "plain", "draft", Policy(rules=(rule,))) for each in raised}
+        found = self._episodes.run(EmbeddedEngine(self._pair, self._banks), list(wanted.values()), self._length)
+        by_task = {each.task: Judgement(each.passes, each.is_flawed) for each in found}
+        return {each.key: by_task[each.task] for each in raised}
 
     def _wanted(self, name: str, episode: Episode) -> Wanted:
         options = ACTING[name] | ({"edit": episode.task} if name == "steer" else {})
@@ -267,7 +276,7 @@ def _targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = {row["protocol"]: row for row in rows if "protocol" in row}
     observed = found["observe"]["safety"]["value"]
     targets = []
-    for name in ("stop", "resample", "defer", "steer", "escalate"):
+    for name in ("stop", "resample", "defer", "steer", "escalate", "redo"):
         safety = found[name]["safety"]
         ends = {end: safety[end] for end in ("value", "low", "high")}
         targets.append(
