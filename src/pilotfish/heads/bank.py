@@ -155,7 +155,8 @@ class HeadBank:
         tokens = windows.new_empty(len(windows), len(self.heads))
         running = torch.empty_like(tokens)
         for form, metrics, chosen, outputs in self._groups:
-            group = windows.index_select(2, chosen).reshape(*is_known.shape, len(metrics), form.num_channels)
+            picked = windows if len(self._groups) == 1 else windows.index_select(2, chosen)
+            group = picked.reshape(*is_known.shape, len(metrics), form.num_channels)
             tokens[:, metrics] = form.tokens(group[:, -1], outputs)
             running[:, metrics] = form.at_end(group, is_known, outputs)
         return BankScores(tokens.sigmoid_(), running.sigmoid_())

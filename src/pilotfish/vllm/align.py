@@ -51,7 +51,8 @@ def rows_of_pass(
         last: Of each request the last row that counts; what follows it was rejected.
     """
     index = torch.arange(len(positions), device=positions.device, dtype=starts.dtype)
-    request = torch.searchsorted(starts[1:].contiguous(), index, right=True).clamp_max(len(starts) - 2)
+    request = torch.searchsorted(starts[1:], index, right=True).clamp_max(len(starts) - 2)
+    slots = slots.long()
     if last is not None:
         slots = torch.where(index > last[request], -1, slots)
     return Rows(request, positions + shift, tokens, slots)
@@ -76,13 +77,10 @@ def places(
     shift: int,
 ) -> Places:
     """Where the channels of each row's last `window` tokens are. An answer's do not reach back into its prompt."""
-    position = rows.position.long()
-    back = torch.arange(window - 1, -1, -1, device=position.device)
-    wanted = position[:, None] - back
-    prompt = num_prompt_tokens.to(position)[rows.request]
-    first = torch.where(position >= prompt, prompt, torch.zeros_like(prompt)).clamp_min(shift)
-    is_known = wanted >= first[:, None]
-    held = (wanted - shift).clamp_min(0)
-    column = (held // block_size).clamp_max(blocks.shape[1] - 1)
-    slot = blocks[rows.request[:, None], column].long() * block_size + held % block_size
-    return Places(slot, is_known)
+    back = torch.arange(window - 1, -1, -1, device=rows.position.device)
+    held = rows.position[:, None] - (back + shift)
+    prompt = num_prompt_tokens[rows.request]
+    first = (prompt * (rows.position >= prompt)).clamp_min(shift) - shift
+    column = held.div(block_size, rounding_mode="floor").clamp_max(blocks.shape[1] - 1)
+    slot = blocks[rows.request[:, None], column] * block_size + held.remainder(block_size)
+    return Places(slot, held >= first[:, None])

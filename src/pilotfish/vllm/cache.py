@@ -17,21 +17,23 @@ from torch import Tensor
 class Kept(NamedTuple):
     channels: Float[Tensor, "row window channel"]
     """NaN where nothing was kept."""
-    token: Int[Tensor, " row"]
-    """Id beside the last place of each row; -1 where nothing was kept."""
+    token: Float[Tensor, " row"]
+    """Id beside the last place of each row; NaN where nothing was kept."""
 
 
 class SlotCache:
-    """One row of channels for every KV slot, and one for what nobody wants."""
+    """One row of channels and an id for every KV slot; the last row is for what nobody wants, whose slot is -1.
+
+    An id is kept as float32 beside the channels, which is exact for all vocabularies (up to 2^24), so that one scatter
+    and one gather serve both.
+    """
 
     def __init__(self, num_slots: int, num_channels: int, device: torch.device) -> None:
-        self._trash = num_slots
-        self._channels = torch.full((num_slots + 1, num_channels), torch.nan, device=device)
-        self._tokens = torch.full((num_slots + 1,), -1, dtype=torch.int32, device=device)
+        self._rows = torch.full((num_slots + 1, num_channels + 1), torch.nan, device=device)
 
     @property
     def size_bytes(self) -> int:
-        return self._channels.nbytes + self._tokens.nbytes
+        return self._rows.nbytes
 
     def keep(
         self,
@@ -39,16 +41,13 @@ class SlotCache:
         channels: Float[Tensor, "row channel"],
         tokens: Int[Tensor, " row"],
     ) -> None:
-        """Slots below 0 are of rejected tokens and padding."""
-        index = torch.where(slots < 0, self._trash, slots).long()
-        self._channels[index] = channels
-        self._tokens[index] = tokens.to(torch.int32)
+        """Slot -1 is of rejected tokens and padding."""
+        self._rows[slots] = torch.cat([channels, tokens[:, None].float()], dim=1)
 
     def forget(self, slots: Int[Tensor, " row"]) -> None:
         """Tokens came to stand in these slots without being scored."""
-        index = torch.where(slots < 0, self._trash, slots).long()
-        self._channels[index] = torch.nan
-        self._tokens[index] = -1
+        self._rows[slots] = torch.nan
 
     def read(self, slots: Int[Tensor, "row window"]) -> Kept:
-        return Kept(self._channels[slots], self._tokens[slots[:, -1]])
+        rows = self._rows[slots]
+        return Kept(rows[..., :-1], rows[:, -1, -1])

@@ -67,8 +67,8 @@ class Scorer:
         kept = self._cache.read(where.slot)
         scores = self.bank.score_windows(kept.channels, where.is_known)
         owner = torch.where(rows.slot < 0, -1, rows.request)
-        keys = torch.stack([owner, rows.position, kept.token.to(owner)], dim=1)
-        return torch.cat([keys.float(), scores.tokens, scores.running], dim=1)
+        keys = torch.stack([owner, rows.position], dim=1).float()
+        return torch.cat([keys, kept.token[:, None], scores.tokens, scores.running], dim=1)
 
     def forget(self, slots: Int[Tensor, " row"]) -> None:
         """Tokens took these slots and are not scored."""

@@ -93,7 +93,7 @@ class Track:
         rows = rows[(rows[:, POSITION] >= first) & (rows[:, POSITION] < first + len(tokens))]
         positions, once = np.unique(rows[:, POSITION].astype(np.int64), return_index=True)
         rows, known = rows[once], np.asarray(tokens, dtype=np.int64)[positions - first]
-        is_own = rows[:, TOKEN].astype(np.int64) == known
+        is_own = rows[:, TOKEN] == known  # an empty slot holds NaN
         size = len(rows) if is_own.all() else int(is_own.argmin())
         ends = np.flatnonzero(np.diff(positions[:size]) > 1) + 1
         for part in np.split(np.arange(size), ends):
