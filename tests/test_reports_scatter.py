@@ -66,6 +66,16 @@ def test_only_points_that_are_joined_have_a_line():
         assert text.count("<circle") == 3
 
 
+def test_a_label_that_would_cover_another_goes_below_its_point():
+    given = (("far away", 0.0, 0.0), ("a long label at the edge", 1.0, 1.0), ("near", 0.8, 1.0))
+    root = drawn([point(*each, half=0.0) for each in given])
+    heights = {text.text: float(text.get("y", "nan")) for text in root.iter(f"{SVG}text") if text.get("y")}
+    dots = {label: y for (label, *_), (_, y) in zip(given, places(root), strict=True)}
+    assert heights["a long label at the edge"] < dots["a long label at the edge"]
+    assert heights["near"] > dots["near"]
+    assert heights["far away"] < dots["far away"]
+
+
 def test_no_points_and_what_is_not_a_number_are_refused():
     with pytest.raises(SettingError, match="no points to draw"):
         drawn([])

@@ -13,6 +13,9 @@ WIDTH, HEIGHT = 640, 440
 LEFT, RIGHT, TOP, BOTTOM = 76, 24, 56, 56
 """Margins in pixels, for the title and the scales."""
 
+_LETTER = 7
+"""Width of a letter in pixels, about."""
+
 _STYLE = """
 svg { --ink: #1d2327; --faint: #c9d0d4; --paper: #ffffff; --mark: #b3471d; --base: #4a6572; color-scheme: light dark }
 @media (prefers-color-scheme: dark) {
@@ -80,6 +83,7 @@ def scatter_svg(points: Sequence[Point], title: str, *, x: Axis, y: Axis, joined
         f"{escape(y.title)}</text>",
         *([_line([(across.at(point.x.value), up.at(point.y.value)) for point in points[1:]])] if joined else []),
         *(part for index, point in enumerate(points) for part in _point(point, across, up, is_first=index == 0)),
+        *_labels([(point.label, across.at(point.x.value), up.at(point.y.value)) for point in points]),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -145,11 +149,23 @@ def _point(point: Point, across: _Scale, up: _Scale, *, is_first: bool) -> list[
     kind = " first" if is_first else ""
     x, y = across.at(point.x.value), up.at(point.y.value)
     ends = (across.at(point.x.low), across.at(point.x.high), up.at(point.y.low), up.at(point.y.high))
-    near_right = x > WIDTH - 120
-    anchor, shift = ("end", -9) if near_right else ("start", 9)
     return [
         f'<line class="bar{kind}" x1="{ends[0]}" x2="{ends[1]}" y1="{y}" y2="{y}"/>',
         f'<line class="bar{kind}" x1="{x}" x2="{x}" y1="{ends[2]}" y2="{ends[3]}"/>',
         f'<circle class="dot{kind}" cx="{x}" cy="{y}" r="5"/>',
-        f'<text x="{x + shift}" y="{y - 9}" text-anchor="{anchor}">{escape(point.label)}</text>',
     ]
+
+
+def _labels(places: Sequence[tuple[str, float, float]]) -> list[str]:
+    """Each above its point or, where that would cover a label, below it; on the inner side near the right edge."""
+    parts: list[str] = []
+    taken: list[tuple[float, float, float]] = []
+    for label, x, y in places:
+        anchor, shift = ("end", -9) if x > WIDTH - 120 else ("start", 9)
+        left = x + shift - (_LETTER * len(label) if anchor == "end" else 0)
+        right = left + _LETTER * len(label)
+        is_free = all(abs(y - 9 - other) > 12 or right < start or left > end for start, end, other in taken)
+        line = y - 9 if is_free else y + 18
+        taken.append((left, right, line))
+        parts.append(f'<text x="{x + shift}" y="{line}" text-anchor="{anchor}">{escape(label)}</text>')
+    return parts
