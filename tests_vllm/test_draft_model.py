@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from kit import BLOCKS, LENGTH, expected, finished, generate, policy, running, scheduler_of, tap_of
@@ -219,6 +221,40 @@ def test_a_flag_lets_everything_out_and_says_so(drafting):
         ((flagged,),) = generate(drafting, [TEXT], max_tokens=24)
     assert flagged.token_ids == whole.token_ids
     assert {verdict.action for verdict in finished(flagged).generation.verdicts} == {"flag"}
+
+
+def test_among_many_requests_with_aborts_and_preemption_each_has_its_own_scores(models, drafting):
+    from vllm import SamplingParams
+
+    drafting.reset_prefix_cache()
+    llm_engine, done = drafting.llm_engine, {}
+    for number in range(48):
+        prompt = list(range(3 + number, 33 + number + number % 40))
+        params = SamplingParams(temperature=0.0, max_tokens=10 + number % 30, ignore_eos=True)
+        llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+    aborted, num_steps = [str(number) for number in range(0, 48, 5)], 0
+    while llm_engine.has_unfinished_requests():
+        num_steps += 1
+        if num_steps % 4 == 0 and aborted:
+            llm_engine.abort_request([aborted.pop()])
+        done |= {output.request_id: output.outputs[0] for output in llm_engine.step() if output.finished}
+    assert 38 <= len(done) < 48
+    for number, completion in done.items():
+        record = finished(completion)
+        if completion.finish_reason != "abort":
+            assert record.counts == {"": len(record.generation.tokens)}, number
+            torch.testing.assert_close(running(record), expected(models, record), atol=1e-4, rtol=0)
+
+
+def test_a_slow_head_delays_tokens_and_loses_none(drafting, monkeypatch):
+    drafting.reset_prefix_cache()
+    bank = tap_of(drafting).bank
+    plain = bank.channels
+    monkeypatch.setattr(bank, "channels", lambda features: time.sleep(0.05) or plain(features))
+    with policy(drafting, hold=True):
+        ((completion,),) = generate(drafting, [TEXT], max_tokens=12)
+    record = finished(completion)
+    assert len(completion.token_ids) == 12 and record.counts == {"": len(record.generation.tokens)}
 
 
 def test_nothing_is_left_of_a_request_that_has_gone(drafting):
