@@ -41,7 +41,7 @@ def run(config: Serve) -> int:
         names = ", ".join(sink.name for sink in sinks) or "the store alone"
         beside = f" (read by {backend.info.draft}, at a tax)" if backend.info.is_taxed else ""
         print(f"{backend.info.model}{beside}: {_rules(service.policy)}; alerts go to {names}", flush=True)
-        server = make_server(service, lambda url: print(f"serving on {url}/v1", flush=True))
+        server = make_server(service, lambda url: print(f"serving on {url}/v1; the page: {url}/", flush=True))
         server.run()
     finally:
         backend.close()
