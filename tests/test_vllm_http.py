@@ -58,12 +58,9 @@ def test_a_record_is_the_generation_that_our_own_engine_would_have_made():
 def test_nothing_is_said_of_tokens_that_have_not_been_sent():
     made = record()
     made.add(news(len(PROMPT) + 3, 2), ANSWER[3:5])
-    made.advance(3)
-    assert len(made.generation.committed) == 5, "the property reads all of it"
-    again = record()
-    again.add(news(len(PROMPT) + 3, 2), ANSWER[3:5])
-    told = [event.token.id for event in again.advance(4) if hasattr(event, "scores")]
-    assert told == ANSWER[:3]
+    assert len(made.generation.committed) == 5, "the store is told all of it"
+    for limit, expected in ((4, ANSWER[:3]), (5, ANSWER[3:5]), (5, [])):
+        assert [event.token.id for event in made.advance(limit) if hasattr(event, "scores")] == expected
 
 
 def test_tokens_beyond_what_the_front_end_kept_are_dropped_with_their_verdicts():

@@ -60,10 +60,12 @@ class Record:
 
     def __init__(self, about: About, prompt: str | None, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
         self.about = about
-        self._prompt, self._prompt_ids, self._stop = prompt, prompt_ids, stop
+        self._prompt, self._prompt_ids = prompt, prompt_ids
         self._steps: deque[tuple[News, list[int]]] = deque()
         self._made: Generation | None = None
-        self._text: TextStream | None = None
+        self._text = TextStream(about.tokenizer, stop)
+        self._untold: deque[tuple[int, list[Event]]] = deque()
+        """Events of each step, and the answer's tokens after it."""
         self._started = time.monotonic()
         self.num_tokens = 0
         """Of the answer, that have left the engine."""
@@ -101,8 +103,11 @@ class Record:
     @property
     def generation(self) -> Generation:
         """As far as it has come."""
-        self.advance()
-        assert self._made is not None, "advance makes it"
+        if self._made is None:
+            self._made = self._begun()
+        while self._steps:
+            events = self._step(self._made, *self._steps.popleft())
+            self._untold.append((len(self._made.committed), events))
         return self._made
 
     def advance(self, limit: int | None = None) -> list[Event]:
@@ -111,12 +116,10 @@ class Record:
         Args:
             limit: tokens of the answer that the client has been sent; of later ones nothing is said. None: all.
         """
-        if self._made is None:
-            self._begin()
-        assert self._made is not None, "it has begun"
+        size = len(self.generation.committed) if limit is None else limit
         events: list[Event] = []
-        while self._steps and (limit is None or len(self._made.committed) + len(self._steps[0][1]) <= limit):
-            events += self._step(*self._steps.popleft())
+        while self._untold and self._untold[0][0] <= size:
+            events += self._untold.popleft()[1]
         return events
 
     def finish(self, reason: FinishReason | None) -> None:
@@ -129,26 +132,23 @@ class Record:
             if token.scores is None:
                 token.scores = missing
 
-    def _begin(self) -> None:
+    def _begun(self) -> Generation:
         tokenizer = self.about.tokenizer
         tokens = [
             Token(i, token, text_of(tokenizer, [token]), "prompt", 0, is_emitted=True)
             for i, token in enumerate(self._prompt_ids)
         ]
         prompt = text_of(tokenizer, self._prompt_ids) if self._prompt is None else self._prompt
-        self._text = TextStream(tokenizer, self._stop)
-        self._made = Generation(prompt, tokens, len(tokens))
+        return Generation(prompt, tokens, len(tokens))
 
-    def _step(self, news: News, token_ids: Sequence[int]) -> list[Event]:
-        generation = self._made
-        assert generation is not None, "a step follows the beginning"
+    def _step(self, generation: Generation, news: News, token_ids: Sequence[int]) -> list[Event]:
         tokens = generation.tokens
         number, begin = (tokens[-1].round if tokens else 0) + 1, len(tokens)
         for index, token_id in enumerate(token_ids):
-            self._append(token_id, number, is_drafted=index < news.num_drafted, is_emitted=True)
+            self._append(tokens, token_id, number, is_drafted=index < news.num_drafted, is_emitted=True)
         end = len(tokens)
         for token_id in news.withheld:
-            self._append(token_id, number, is_drafted=len(token_ids) < news.num_drafted, is_emitted=False)
+            self._append(tokens, token_id, number, is_drafted=len(token_ids) < news.num_drafted, is_emitted=False)
         events: list[Event] = []
         reasons = {place: miss.reason for miss in news.misses for place in range(miss.start, miss.end)}
         num = len(self.about.metrics)
@@ -168,9 +168,7 @@ class Record:
                 events.append(VerdictEvent(verdict))
         return events
 
-    def _append(self, token_id: int, number: int, *, is_drafted: bool, is_emitted: bool) -> None:
-        assert self._made is not None and self._text is not None, "appended after the beginning"
-        tokens = self._made.tokens
+    def _append(self, tokens: list[Token], token_id: int, number: int, *, is_drafted: bool, is_emitted: bool) -> None:
         text = text_of(self.about.tokenizer, [token_id])
         token = Token(len(tokens), token_id, text, "draft" if is_drafted else "target", number)
         token.is_emitted = is_emitted
