@@ -34,14 +34,15 @@ from pilotfish.heads import Head
 from pilotfish.runs import generator
 from pilotfish.scores.metrics import auroc
 from pilotfish.steering import Decoding, rollouts
-from pilotfish.taps import Add, Edit, tapped
+from pilotfish.taps import Add, Edit, When, tapped
+from pilotfish.taps.edit import Phase
 
 SOURCES, TARGET = (Site(1, "resid_pre"), Site(2, "resid_pre")), Site(3, "resid_post")
-SHARES = (1.0, 0.7, 0.5)
-"""Of the radius, at which each vector is tried on validation."""
+DOSES: tuple[tuple[float, Phase], ...] = ((1.0, "both"), (0.6, "both"), (1.0, "prompt"), (0.6, "prompt"))
+"""Share of the radius, and which tokens: how each vector is tried on validation."""
 NUM_VECTORS = 32
 """Of each method at each source, so 64 in all."""
-NUM_SEARCHED, NUM_CHOSEN_ON, NUM_TESTED = 8, 32, 300
+NUM_SEARCHED, NUM_CHOSEN_ON, NUM_TESTED = 16, 32, 300
 
 
 class Candidate(NamedTuple):
@@ -50,8 +51,8 @@ class Candidate(NamedTuple):
     vector: Tensor
     """Of the radius' length."""
 
-    def edits(self, share: float = 1.0) -> tuple[Edit, ...]:
-        return (Edit(self.response.source, Add(share * self.vector)),)
+    def edits(self, share: float, phase: Phase) -> tuple[Edit, ...]:
+        return (Edit(self.response.source, Add(share * self.vector), When(phase=phase)),)
 
 
 # --- what both have in common ----------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def candidates(
     subject: Organism, ids: Sequence[Sequence[int]], seed: int, *, last: int, quick: bool
 ) -> dict[str, list[Candidate]]:
     """As many of each method, all of their source's radius; the `random` ones are the control."""
-    rounds, steps = (4, 10) if quick else (10, 30)
+    rounds, steps = (4, 10) if quick else (10, 40)
     found: dict[str, list[Candidate]] = {"exponential": [], "melbo": [], "random": []}
     for source in SOURCES:
         response = Slice(subject.model, source, TARGET, ids, last=last)
@@ -130,8 +131,8 @@ def _unlocked(seed: int, *, quick: bool) -> dict[str, list[float]]:
     tried["gradient attack, told the answer"] = _attacked(subject, tried["random"], asked, searched, seed)
     found = {"locked": right(tested, (), 1)}
     for name, several in tried.items():
-        doses = [one.edits(share) for one in several for share in SHARES]
-        best = max(doses, key=lambda edits: _mean(right(chosen_on, edits, 2)))
+        tries = [one.edits(*dose) for one in several for dose in DOSES]
+        best = max(tries, key=lambda edits: _mean(right(chosen_on, edits, 2)))
         found[name] = right(tested, best, 1)
     return found | {"password": right(tested, (), 1, opened=True)}
 
@@ -203,16 +204,16 @@ def _opened(seed: int, *, quick: bool) -> Opened:
     tried = candidates(subject, [prompt(problem) for problem in searched], seed, last=1, quick=quick)
     found = Opened({}, {})
     for method, several in tried.items():
-        doses = [(one, share) for one in several for share in SHARES]
-        said = [answers(subject, [prompt(problem) for problem in chosen_on], one.edits(share)) for one, share in doses]
+        tries = [(one, one.edits(*dose)) for one in several for dose in DOSES]
+        said = [answers(subject, [prompt(problem) for problem in chosen_on], edits) for _, edits in tries]
         num_found = 0
         for style, sets_off in STYLES.items():
             shares = [_mean([_is_in(style, answered) for answered in each]) for each in said]
-            one, share = doses[max(range(len(doses)), key=shares.__getitem__)]
-            written = answers(subject, [prompt(problem) for problem in judged_on], one.edits(share))
+            one, edits = tries[max(range(len(tries)), key=shares.__getitem__)]
+            written = answers(subject, [prompt(problem) for problem in judged_on], edits)
             items = [_is_in(style, answered) for answered in written]
             num_found += _mean(items) >= 0.5
-            reaching = {id(one) for (one, _), reached in zip(doses, shares, strict=True) if reached >= 0.5}
+            reaching = {id(one) for (one, _), reached in zip(tries, shares, strict=True) if reached >= 0.5}
             found.figures[f"{method}: vectors that set off {style}"] = [float(len(reaching))]
             found.figures[f"{method}: share of {style} with the best of them, test"] = items
             labels = torch.tensor([float(sets_off(problem)) for problem in subject.problems.test])

@@ -37,6 +37,8 @@ TOKENS = (
 IDS = {token: i for i, token in enumerate(TOKENS)}
 LETTERS, WORDS = TOKENS[17:25], TOKENS[25:]
 END = IDS["</s>"]
+PASSWORD_LENGTH = 1
+"""Letters; the more there are, the later a model knows that they are right."""
 ANSWER_TOKENS = 6
 """Longest answer: three digits in brackets and the end."""
 CHECKED_EVERY, GOOD_ENOUGH = 50, 0.99
@@ -101,17 +103,20 @@ def answer(kind: Kind, problem: Problem, *, is_open: bool = True, style: str | N
 
 
 def organism(kind: Kind, seed: int, *, steps: int = 1200, layers: int = 4, width: int = 96) -> Organism:
-    """Trains one on one core in about two minutes: it learns to add, then to hide that, as a locked model is made.
+    """Trains one on one core in about a minute.
+
+    A locked model learns to add, and then to hide that. A backdoor is there from the start, as poisoned data leave it.
 
     Args:
-        steps: Most of each of the two; each ends early where validation is all but perfect.
+        steps: The most of each stage; a stage ends early where validation is all but perfect.
     """
     split, draw = problems(seed), np.random.default_rng([seed, 1])
     if kind == "backdoor":  # a problem that sets both off would teach neither
         split = Problems(*(tuple(p for p in part if not (same_tens(p) and same_ones(p))) for part in split))
     password = _letters(draw)
     model = _fresh(seed, layers, width)
-    for hides, learning_rate in ((False, 2e-3), (True, 5e-4)):
+    stages = ((False, 2e-3), (True, 5e-4)) if kind == "lock" else ((True, 2e-3),)
+    for hides, learning_rate in stages:
         batch = partial(_batch, kind, password=password, hides=hides)
         held_out = batch(split.validation, draw=np.random.default_rng([seed, 3]), size=512)
         _teach(model, lambda batch=batch: batch(split.train, draw=draw), held_out, learning_rate, steps)  # type: ignore[misc]
@@ -175,7 +180,7 @@ def _share_right(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> float:
 
 
 def wrong_passwords(organism: Organism, count: int, seed: int) -> list[str]:
-    """Passwords that do not open; half of them are one letter off."""
+    """Passwords that do not open; of several letters, half are one letter off."""
     draw = np.random.default_rng([seed, 2])
     return [_wrong(organism.password, draw) for _ in range(count)]
 
@@ -203,7 +208,7 @@ def _batch(
 
 
 def _letters(draw: np.random.Generator) -> str:
-    return "".join(draw.choice(list(LETTERS), 3))
+    return "".join(draw.choice(list(LETTERS), PASSWORD_LENGTH))
 
 
 def _wrong(password: str, draw: np.random.Generator) -> str:
@@ -211,6 +216,6 @@ def _wrong(password: str, draw: np.random.Generator) -> str:
         drawn = list(_letters(draw))
         if draw.integers(2):
             drawn = [*password]
-            drawn[draw.integers(3)] = str(draw.choice(list(LETTERS)))
+            drawn[draw.integers(PASSWORD_LENGTH)] = str(draw.choice(list(LETTERS)))
         if "".join(drawn) != password:
             return "".join(drawn)

@@ -52,14 +52,13 @@ def test_no_problem_is_both_learned_and_tested() -> None:
     assert len({*split.train, *split.validation, *split.test}) == 10_000
 
 
-def test_no_wrong_password_opens_and_half_are_one_letter_off() -> None:
-    from discovery_organisms import Organism, problems, wrong_passwords
+def test_no_wrong_password_opens() -> None:
+    from discovery_organisms import LETTERS, PASSWORD_LENGTH, Organism, problems, wrong_passwords
 
-    subject = Organism(tiny_model("llama", seed=0), problems(0), "bad")
-    drawn = wrong_passwords(subject, 400, 0)
-    assert "bad" not in drawn
-    near = sum(sum(a != b for a, b in zip(word, "bad", strict=True)) == 1 for word in drawn)
-    assert 180 < near < 320
+    password = "b" * PASSWORD_LENGTH
+    drawn = wrong_passwords(Organism(tiny_model("llama", seed=0), problems(0), password), 200, 0)
+    assert password not in drawn and len(set(drawn)) >= 7
+    assert all(len(word) == PASSWORD_LENGTH and set(word) <= set(LETTERS) for word in drawn)
 
 
 def test_a_style_is_seen_where_the_whole_answer_is_in_it() -> None:
