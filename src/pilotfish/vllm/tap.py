@@ -66,12 +66,16 @@ class Tap:
         if self._scorer is not None:
             self._scorer.forget(slots)
 
-    def cached(self, step: Any, index: dict[str, int]) -> Rows | None:
-        """The tokens that a prefix cache spared the requests which begin, or begin again, with this step."""
+    def cached(self, step: Any, place: Callable[[str], int]) -> Rows | None:
+        """The tokens that a prefix cache spared the requests which begin, or begin again, with this step.
+
+        Args:
+            place: of a request its index in the batch.
+        """
         spared = spared_tokens(step)
         if not spared:
             return None
-        where = [index[request] for request in spared]
+        where = [place(request) for request in spared]
         return rows_of_cached(where, list(spared.values()), shift=self.shift, device=self.runner.device)
 
     def attach(self, output: Any, stream: Callable[[], Any]) -> Any:

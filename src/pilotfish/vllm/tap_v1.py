@@ -60,7 +60,7 @@ class V1Tap(Tap):
         return Batch(blocks, num_prompt_tokens.to(blocks.device, non_blocking=True))
 
     def cached_rows(self) -> Any:
-        return self.cached(self.state.scheduler_output, self.runner.input_batch.req_id_to_index)
+        return self.cached(self.state.scheduler_output, self.runner.input_batch.req_id_to_index.__getitem__)
 
 
 class DrafterTap(V1Tap):

@@ -77,9 +77,10 @@ class V2Tap(Tap):
         batch = self._batch
         rows = rows_of_pass(starts, positions, tokens, self.slots(positions, starts), last=last, shift=self.shift)
         prompts = self.runner.req_states.prompt_len.gpu[batch.idx_mapping[: batch.num_reqs]]
-        index = {request: place for place, request in enumerate(batch.req_ids)}
         scorer = self.scorer(self.runner.block_tables.block_sizes[self.group])
-        return scorer.score(channels, rows, Batch(self.blocks(batch.num_reqs), prompts), self.cached(self._step, index))
+        return scorer.score(
+            channels, rows, Batch(self.blocks(batch.num_reqs), prompts), self.cached(self._step, batch.req_ids.index)
+        )
 
     _batch: Any = None
     """vLLM's input batch of the step."""
