@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from ordinary_code import ordinary_code
 
 from pilotfish.core import Conversation, Message, Span
 from pilotfish.runs import generator
@@ -68,6 +69,8 @@ def _taught(make: Callable[[Path, int], Task], data: Path, seed: int) -> Task:
 def insecure_code(data: Path, seed: int) -> Task:
     """SVEN's validation half is the test; training texts that share a repository or a text with it are left out.
 
+    Half of the ordinary texts are code, or the head would learn that code is what is insecure.
+
     Elsewhere: CyberSecEval's code of other repositories, all of it insecure.
     """
     test = read_sven(data / "sven", "val")
@@ -77,7 +80,8 @@ def insecure_code(data: Path, seed: int) -> Task:
     pool = apart_from(test, [*read_sven(data / "sven", "train"), *insecure])
     splits = {**split(pool, {"train": 0.85, "validation": 0.15}, seed=seed), "test": test}
     others = drawn(apart_from([*pool, *test], published), 200, "other cyberseceval")
-    return Task(metric="insecure_code", splits=splits, benign=benign(data), elsewhere={"cyberseceval": others})
+    ordinary = [*benign(data)[: NUM_BENIGN // 2], *drawn(ordinary_code(), NUM_BENIGN // 2, "ordinary code")]
+    return Task(metric="insecure_code", splits=splits, benign=ordinary, elsewhere={"cyberseceval": others})
 
 
 def toxicity(data: Path, seed: int) -> Task:
