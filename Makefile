@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check bench docs clean
+.PHONY: setup demo test test-vllm check bench docs clean
 
 setup: $(VENV)/.installed
 
@@ -16,6 +16,13 @@ demo: setup
 
 test: check
 	$(BIN)/python -m pytest
+
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest tests_vllm
+
+.venv-vllm/.installed: scripts/install_vllm.sh
+	PYTHON="$(PYTHON)" bash scripts/install_vllm.sh
+	touch $@
 
 check: setup
 	$(BIN)/ruff check .
