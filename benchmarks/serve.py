@@ -1,11 +1,13 @@
-"""What the server costs over its engine, and whether a kill loses alerts.
+"""What the server costs over its engine, whether a kill loses alerts, and what minutes of abuse do to it.
 
-    python benchmarks/serve.py [--quick] [--seed 0] [--json PATH] [--pair demo:qwen-coder] [--kills 50]
+    python benchmarks/serve.py [--quick] [--seed 0] [--json PATH] [--parts overheads kills soak fuzz]
+                               [--pair demo:qwen-coder] [--kills 50] [--minutes 30] [--requests 10000]
 
 Overhead: the same prompts, greedy, to the same number of tokens, through the engine alone and through the server, in
 turn; a client in a process of its own. Kills: a server with a tiny pair under load is ended by SIGKILL at random
-moments, on SQLite and, where it is installed, on PostgreSQL. Takes about 40 minutes on two cores, `--quick` about a
-minute (the small demo model, three kills).
+moments, on SQLite and, where it is installed, on PostgreSQL. Soak: eight streams whose clients finish, leave, stall or
+send rubbish. Fuzz: malformed requests to all routes. Takes about 80 minutes on two cores, `--quick` about two minutes
+(the small demo model, three kills, a soak of 20 s, 500 requests).
 """
 
 from __future__ import annotations
@@ -19,31 +21,48 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
 import torch
+from serve_fuzz import fuzz, status_to, well_formed
+from serve_kit import hook_server, serve_tiny, tiny_engine, tiny_server
+from serve_soak import soak
 from shown import targets_table
 
-from pilotfish.actions import Policy, Rule
+from pilotfish.actions import Policy
 from pilotfish.cli.terminal import quieten_transformers, table
 from pilotfish.engines import EmbeddedEngine, Request, generate_together
-from pilotfish.engines.tax import CODE_PROMPTS, PROSE_PROMPTS, Ratio, Timing, random_bank, ratio
-from pilotfish.models import load_pair, tiny_pair
+from pilotfish.engines.tax import CODE_PROMPTS, PROSE_PROMPTS, Timing, random_bank, ratio
+from pilotfish.models import load_pair
 from pilotfish.runs import generator, run_card, write_json
-from pilotfish.server import EmbeddedBackend, Retrying, ServerSettings, Service, Store, WebhookSink, make_server
+from pilotfish.server import EmbeddedBackend, ServerSettings, Service, Store, make_server
 
+PARTS = ("overheads", "kills", "soak", "fuzz")
 STREAMS = (1, 8)
 PROMPTS = (*CODE_PROMPTS, *PROSE_PROMPTS)
-SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo="
-FLAG = Policy(rules=(Rule(metric="random_0", threshold=0.0, scope="answer"),), hold=True)
 SEEN_S = 30.0
+FULL: Mapping[str, Any] = {
+    "pair": "demo:qwen-coder",
+    "num_pairs": 20,
+    "num_tokens": 48,
+    "kills": 50,
+    "minutes": 30.0,
+    "requests": 10_000,
+}
+QUICK: Mapping[str, Any] = {
+    "pair": "demo:smollm2",
+    "num_pairs": 4,
+    "num_tokens": 24,
+    "kills": 3,
+    "minutes": 1 / 3,
+    "requests": 500,
+}
 
 
 def main() -> None:
@@ -51,49 +70,56 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--pair")
     parser.add_argument("--kills", type=int)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--requests", type=int)
     parser.add_argument("--client", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.client is not None:
         _client(args.client)
         return
     quieten_transformers()
-    num_kills = args.kills if args.kills is not None else 3 if args.quick else 50
+    usual = QUICK if args.quick else FULL
+    chosen = {name: getattr(args, name, None) or value for name, value in usual.items()}
+    found: dict[str, Any] = {"targets": []}
     # First the kills: their servers are forked, which wants a process without threads.
-    found = [_kills(kind, num_kills, args.seed) for kind in ("sqlite", "postgresql")]
-    targets, rows = [each for each in found if each is not None], []
-    pair_name = args.pair or ("demo:smollm2" if args.quick else "demo:qwen-coder")
-    num_pairs, num_tokens = (4, 24) if args.quick else (20, 48)
-    for streams, alone, served in _overheads(pair_name, num_pairs, num_tokens, args.seed):
-        random = generator(args.seed, f"overhead {streams}")
-        speed, speed_cpu = (ratio(alone, served, generator=random, cpu=cpu) for cpu in (False, True))
-        extra = [1e6 * (s.cpu_s / s.num_tokens - a.cpu_s / a.num_tokens) for a, s in zip(alone, served, strict=True)]
-        row = {"streams": streams, "speed": speed._asdict(), "speed_cpu": speed_cpu._asdict()}
-        rows.append({**row, "cpu_us_per_token": median(extra)})
-        low, high = 1 - speed.high, 1 - speed.low
-        named = {"name": f"server overhead at {streams} streams, share of tokens/s", "value": 1 - speed.value}
-        targets.append({**named, "low": low, "high": high, "target": "<= 0.03", "met": 1 - speed.value <= 0.03})
+    for part in (part for part in ("kills", "soak", "fuzz", "overheads") if part in args.parts):
+        found[part] = _RUN[part](chosen, args.seed)
+        found["targets"] += found[part].pop("targets")
+        if "table" in found[part]:
+            print(found[part].pop("table") + "\n")
     if args.json is not None:
-        settings = {"quick": args.quick, "pair": pair_name, "kills": num_kills, "num_pairs": num_pairs}
-        write_json(
-            args.json, {"targets": targets, "rows": rows, "card": run_card("benchmarks/serve.py", settings, args.seed)}
-        )
-    cells = [
-        [
-            str(row["streams"]),
-            str(Ratio(**row["speed"])),
-            str(Ratio(**row["speed_cpu"])),
-            f"{row['cpu_us_per_token']:.0f}",
-        ]
-        for row in rows
-    ]
-    columns = [f"streams of {pair_name}", "speed over the engine's", "in CPU time", "CPU µs a token more"]
-    print(table(columns, cells) + "\n")
-    print(targets_table(targets))
+        settings = {"quick": args.quick, "parts": list(args.parts), **chosen}
+        write_json(args.json, {**found, "card": run_card("benchmarks/serve.py", settings, args.seed)})
+    print(targets_table(found["targets"]))
 
 
 # Overhead.
+
+
+def _overhead_part(chosen: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    targets, rows, cells = [], [], []
+    for streams, alone, served in _overheads(chosen["pair"], chosen["num_pairs"], chosen["num_tokens"], seed):
+        random = generator(seed, f"overhead {streams}")
+        speed, speed_cpu = (ratio(alone, served, generator=random, cpu=cpu) for cpu in (False, True))
+        extra = median(
+            1e6 * (s.cpu_s / s.num_tokens - a.cpu_s / a.num_tokens) for a, s in zip(alone, served, strict=True)
+        )
+        row = {
+            "streams": streams,
+            "speed": speed._asdict(),
+            "speed_cpu": speed_cpu._asdict(),
+            "cpu_us_per_token": extra,
+        }
+        rows.append(row)
+        cells.append([str(streams), str(speed), str(speed_cpu), f"{extra:.0f}"])
+        named = {"name": f"server overhead at {streams} streams, share of tokens/s", "value": 1 - speed.value}
+        interval = {"low": 1 - speed.high, "high": 1 - speed.low}
+        targets.append({**named, **interval, "target": "<= 0.03", "met": 1 - speed.value <= 0.03})
+    columns = [f"streams of {chosen['pair']}", "speed over the engine's", "in CPU time", "CPU µs a token more"]
+    return {"targets": targets, "rows": rows, "table": table(columns, cells)}
 
 
 def _overheads(
@@ -181,6 +207,11 @@ def _client(url: str) -> None:
 # Kills.
 
 
+def _kills_part(chosen: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    found = [_kills(kind, chosen["kills"], seed) for kind in ("sqlite", "postgresql")]
+    return {"targets": [each for each in found if each is not None]}
+
+
 def _kills(kind: str, num_kills: int, seed: int) -> dict[str, Any] | None:
     """Kills a server again and again; how many alerts that a client knows of are lost, doubled or undelivered."""
     with ExitStack() as stack:
@@ -189,22 +220,20 @@ def _kills(kind: str, num_kills: int, seed: int) -> dict[str, Any] | None:
         if store_url is None:
             print("no PostgreSQL server here: its kills are left out", file=sys.stderr)
             return None
-        pair = tiny_pair(seed=seed)
-        engine = EmbeddedEngine(pair, [random_bank(pair, num_heads=2, num_sites=2, generator=generator(seed, "bank"))])
-        hook, delivered = stack.enter_context(_hook())
+        engine = tiny_engine(seed)
+        hook, arrived = stack.enter_context(hook_server())
         moments = generator(seed, f"kills {kind}")
         seen: set[str] = set()
         for number in range(num_kills + 1):
             is_last = number == num_kills
-            _one_life(engine, store_url, hook, folder / f"url{number}", seen, None if is_last else moments, delivered)
+            _one_life(engine, store_url, hook, folder / f"url{number}", seen, None if is_last else moments)
         store = Store(store_url)
         alerts = store.alerts(limit=1_000_000)
         store.close()
     stored = [alert["exchange_id"] for alert in alerts]
-    ids = {alert["exchange_id"]: alert["id"] for alert in alerts}
     lost = len(seen - set(stored))
     doubled = len(stored) - len(set(stored))
-    undelivered = sum(ids[each] not in delivered for each in seen & set(stored))
+    undelivered = len(seen & set(stored) - set(arrived))
     wrong = float(lost + doubled + undelivered)
     name = f"{num_kills} kills on {kind}: alerts lost, doubled or undelivered, of {len(seen)}"
     return {"name": name, "value": wrong, "low": wrong, "high": wrong, "target": "0", "met": wrong == 0 and bool(seen)}
@@ -217,16 +246,12 @@ def _one_life(
     note: Path,
     seen: set[str],
     moments: torch.Generator | None,
-    delivered: set[str],
 ) -> None:
     """From start to kill under load; without `moments`, until all alerts are delivered."""
     child = os.fork()
     if not child:
         try:
-            store = Store(store_url, sinks=["webhook"])
-            settings = ServerSettings(port=0, retrying=Retrying(poll_s=0.1, lease_s=5.0), requests_per_minute=1_000_000)
-            service = Service(EmbeddedBackend(engine), store, settings, policy=FLAG, sinks=[WebhookSink(hook, SECRET)])
-            make_server(service, lambda url: _tell(note, url)).run()
+            serve_tiny(engine, store_url, hook, note)
         finally:
             os._exit(1)
     try:
@@ -256,11 +281,6 @@ def _one_life(
         os.waitpid(child, 0)
 
 
-def _tell(note: Path, url: str) -> None:
-    note.with_suffix(".part").write_text(url)
-    note.with_suffix(".part").rename(note)
-
-
 def _load(url: str, number: int, seen: set[str], stop: threading.Event) -> None:
     """A client that notes each exchange of which it has seen a token, all of which come after the flag."""
     try:
@@ -278,29 +298,6 @@ def _load(url: str, number: int, seen: set[str], stop: threading.Event) -> None:
 
 
 @contextmanager
-def _hook() -> Iterator[tuple[str, set[str]]]:
-    delivered: set[str] = set()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(204)
-            self.end_headers()
-            delivered.add(body["data"]["id"])
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/", delivered
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@contextmanager
 def _postgres() -> Iterator[str | None]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from _pytest.outcomes import Skipped
@@ -311,6 +308,37 @@ def _postgres() -> Iterator[str | None]:
             yield url
     except Skipped:
         yield None
+
+
+# Malformed requests.
+
+
+def _fuzz_part(chosen: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    number = chosen["requests"]
+    with tempfile.TemporaryDirectory() as name, hook_server() as (hook, _):
+        with tiny_server(Path(name), hook, seed) as (url, _process):
+            before = [status_to(url, request) for request in well_formed(url)]
+            found = fuzz(url, number, seed=seed)
+            after = [status_to(url, request) for request in well_formed(url)]
+        num_tracebacks = (Path(name) / "log").read_text().count("Traceback")
+    wrong = {
+        f"{number:,} malformed requests: 5xx, no end, or a traceback": len(found.broken) + num_tracebacks,
+        "after them: routes that answer otherwise": sum(a != b for a, b in zip(before, after, strict=True)),
+    }
+    targets = [
+        {"name": name, "value": float(n), "low": float(n), "high": float(n), "target": "0", "met": n == 0}
+        for name, n in wrong.items()
+    ]
+    examples = [[request.kind, repr(request.data[:500]), repr(answer[:500])] for request, answer in found.broken[:20]]
+    return {"targets": targets, "statuses": {str(k): n for k, n in sorted(found.statuses.items())}, "broken": examples}
+
+
+_RUN: Mapping[str, Callable[[Mapping[str, Any], int], dict[str, Any]]] = {
+    "kills": _kills_part,
+    "soak": lambda chosen, seed: soak(chosen["minutes"], seed),
+    "fuzz": _fuzz_part,
+    "overheads": _overhead_part,
+}
 
 
 if __name__ == "__main__":
