@@ -173,10 +173,10 @@ class Policy:
     """Between which the reasoning stands, as the model's chat template has them."""
 
     def __post_init__(self) -> None:
-        kinds = [(rule.metric, rule.action, rule.scope) for rule in self.rules]
+        kinds = [(rule.metric, rule.action, rule.scope, rule.edit) for rule in self.rules]
         twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
         if twice:
-            metric, action, scope = twice[0]
+            metric, action, scope, _ = twice[0]
             raise SettingError(
                 f"metric {metric!r} has two rules with action {action} and scope {scope}; give one rule of a kind"
             )

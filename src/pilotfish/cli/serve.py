@@ -13,6 +13,7 @@ from pilotfish.cli.verbs import DEMO_PAIR
 from pilotfish.errors import SettingError
 from pilotfish.heads import HeadBank, joined
 from pilotfish.models import load_model
+from pilotfish.steering import load_directions
 
 
 def run(config: Serve) -> int:
@@ -41,6 +42,8 @@ def run(config: Serve) -> int:
         names = ", ".join(sink.name for sink in sinks) or "the store alone"
         beside = f" (read by {backend.info.draft}, at a tax)" if backend.info.is_taxed else ""
         print(f"{backend.info.model}{beside}: {_rules(service.policy)}; alerts go to {names}", flush=True)
+        if backend.info.directions:
+            print(f"clients may steer along {', '.join(one.name for one in backend.info.directions)}", flush=True)
         server = make_server(service, lambda url: print(f"serving on {url}/v1; the page: {url}/", flush=True))
         server.run()
     finally:
@@ -54,17 +57,23 @@ def _embedded(config: Serve) -> tuple[Any, list[HeadBank]]:
     if config.model is not None:
         raise SettingError("--model names a model of an upstream; give --upstream too, or name your own with --pair")
     engine = start_engine(config, score_limit_s=config.score_limit_s)
-    backend = EmbeddedBackend(engine, max_streams=config.max_streams, max_queue=config.max_queue)
+    identity = engine.pair.target_identity
+    found = [one for folder in config.directions for one in load_directions(folder, identity=identity).values()]
+    room = {"max_streams": config.max_streams, "max_queue": config.max_queue}
+    backend = EmbeddedBackend(engine, directions=found, max_dose=config.max_dose, **room)
     return backend, list(engine.banks.values())
 
 
 def _proxy(config: Serve) -> tuple[Any, list[HeadBank]]:
     from pilotfish.server import ProxyBackend, Upstream
+    from pilotfish.server.steering import ELSEWHERE
 
     if config.model is None:
         raise SettingError("with --upstream say which of its models answers: --model NAME")
     if config.draft is not None or config.pair != DEMO_PAIR:
         raise SettingError("--pair and --draft name models of your own; behind an upstream name the --reader")
+    if config.directions:
+        raise SettingError(f"--directions cannot be served: {ELSEWHERE}")
     key = os.environ.get(config.upstream_key_env, "")
     upstream = Upstream(config.upstream or "", config.model, api_key=key, timeout_s=config.upstream_timeout_s)
     reader = load_model(config.reader, device=config.device, dtype=config.dtype)

@@ -28,6 +28,11 @@ class Serve(Models):
     upstream_timeout_s: float = 120.0
     """Longest silence of the upstream."""
 
+    directions: tuple[Path, ...] = ()
+    """Folders of calibrated directions that clients may steer the target along, and no others."""
+    max_dose: float = 1.0
+    """The most that a client may ask for, in calibrated doses of the direction."""
+
     host: str = "127.0.0.1"
     """Another than this machine's own needs an API key: `pilotfish keys add`."""
     port: int = 8000

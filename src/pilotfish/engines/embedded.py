@@ -96,7 +96,8 @@ class EmbeddedEngine:
 
         Raises:
             SettingError: the policy names a metric without a head, a threshold that is nowhere given, or an action
-                whose edit, judge or draft is not there.
+                whose edit, judge or draft is not there; or an edit of the request has the name of one of the engine's,
+                or does not fit the target.
             GenerationError: the prompt is empty, or prompt and answer do not fit the models.
         """
         request = request or Request()
@@ -117,11 +118,16 @@ class EmbeddedEngine:
 
     def _check(self, request: Request) -> None:
         policy, banks = request.policy, self.banks.values()
+        for name, edits in request.edits.items():
+            if name in self.setup.edits:
+                raise SettingError(f"the request's edit {name!r} has the name of one of the engine's; give it another")
+            with edited(self.pair.target, edits):
+                pass  # refuses what does not fit
         uncalibrated = {metric for bank in banks for metric in bank.metrics if metric not in bank.thresholds}
         policy.check(
             (*self.metrics, *(SIGNALS if policy.asks_signals else ())),
             uncalibrated.union(SIGNALS),
-            edits=self.setup.edits,
+            edits={**self.setup.edits, **request.edits},
             has_draft=self.pair.draft is not None,
             has_judge=self.setup.judge is not None,
         )

@@ -49,6 +49,7 @@ class Exchange:
         self._metrics = setup.metrics
         self._thresholds = {reader: bank.thresholds for reader, bank in setup.banks.items()}
         self._wants_signals = request.wants_signals
+        self._standing_edits = request.standing_edits
         self._watch = Watch(request.policy)
         self._escalation = Escalation(setup.judge, generator=generator(request.seed, "escalate"))
         self._reasoning = Reasoning("inside" if prompt.starts_reasoning else "start")
@@ -103,7 +104,8 @@ class Exchange:
     @property
     def edits(self) -> tuple[str, ...]:
         """Names of the edits that are on."""
-        return tuple(dict.fromkeys(rule.edit for rule in self._watch.raised("steer") if rule.edit is not None))
+        raised = (rule.edit for rule in self._watch.raised("steer") if rule.edit is not None)
+        return tuple(dict.fromkeys((*self._standing_edits, *raised)))
 
     def take_back(self) -> int | None:
         """How many tokens stay, where some were taken back since the last call: caches must forget the rest."""

@@ -17,6 +17,7 @@ answers can be one (`batch`).
 from __future__ import annotations
 
 import time
+from collections import ChainMap
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -65,6 +66,7 @@ class Loop:
         pair, banks = setup.pair, setup.banks
         self.exchange = Exchange(setup, prompt, request)
         self._setup, self._request = setup, request
+        self._edits = ChainMap(dict(request.edits), dict(setup.edits))
         options: dict[str, Any] = {"vocab_size": pair.vocab_size, "boundary": len(prompt.ids)}
         options["score_limit_s"] = setup.score_limit_s
         self._target = CachedModel(pair.target, "target", banks.get("target"), **options)
@@ -253,7 +255,7 @@ class Loop:
         """What a model's passes are to write: edits are on the target."""
         if model is not self._target:
             return []
-        return [edit for name in self.exchange.edits for edit in self._setup.edits[name]]
+        return [edit for name in self.exchange.edits for edit in self._edits[name]]
 
     # The second signals.
 

@@ -32,6 +32,9 @@ class Request:
     """Whether one more draft step at the end scores the last token or two; else they are declared misses."""
     signals: bool = False
     """Whether to record the second signals of each token; a rule about one of them asks for them too."""
+    edits: Mapping[str, Sequence[Edit]] = field(default_factory=dict)
+    """What this generation has beside the engine's own edits, by name: on while a rule of the policy that names it has
+    its gate up, and throughout where none does."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -42,6 +45,12 @@ class Request:
     @property
     def wants_signals(self) -> bool:
         return self.signals or self.policy.asks_signals
+
+    @property
+    def standing_edits(self) -> tuple[str, ...]:
+        """Names of its own edits that are on throughout."""
+        named = {rule.edit for rule in self.policy.rules}
+        return tuple(name for name in self.edits if name not in named)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

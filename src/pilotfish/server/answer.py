@@ -18,8 +18,9 @@ from uuid import uuid4
 from pilotfish.engines import Event, Generation, TokenEvent, VerdictEvent
 from pilotfish.errors import EngineFailed, PilotfishError
 from pilotfish.server.backend import Call, EventStream, ServedEngine
-from pilotfish.server.exchanges import Exchange, State, Tally, tally
+from pilotfish.server.exchanges import Exchange, State, Tally, is_wished, tally
 from pilotfish.server.outbox import Courier
+from pilotfish.server.steering import steering_json
 from pilotfish.server.store import Store
 from pilotfish.server.telemetry import Telemetry
 
@@ -169,7 +170,8 @@ class Answer:
     async def _let_through(self, event: Event) -> None:
         if isinstance(event, VerdictEvent):
             verdict = event.verdict
-            if (verdict.metric, verdict.action) not in self._known:
+            is_new = (verdict.metric, verdict.action) not in self._known
+            if is_new and not is_wished(verdict, self._asked.call.own_rules):
                 self._known.add((verdict.metric, verdict.action))
                 await self._desk.record(replace(self._exchange(None), state="running", finished_s=None))
                 self._desk.telemetry.count_flag(verdict, lag=max(0, self._last_sent + 1 - verdict.position))
@@ -199,7 +201,8 @@ class Answer:
             num_prompt_tokens=generation.num_prompt_tokens,
             rounds=tuple(generation.rounds),
             verdicts=tuple(generation.verdicts),
-            stats=_stats(generation, error),
+            stats=_stats(generation, error) | {"steering": steering_json(self._asked.call.steering, generation)},
+            own_rules=self._asked.call.own_rules,
         )
 
     def _count(self, error: PilotfishError | None) -> None:

@@ -14,7 +14,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from pilotfish.server import monitor_routes, openai_routes, pages
+from pilotfish.server import monitor_routes, openai_routes, pages, steer_routes
 from pilotfish.server.access import REFUSALS, add_error_handlers
 from pilotfish.server.depends import Reader, Served
 from pilotfish.server.guard import Guard
@@ -47,7 +47,7 @@ def create_app(service: Service) -> FastAPI:
     settings = service.settings
     app.add_middleware(Guard, body_bytes=settings.limits.body_bytes, is_loopback=settings.is_loopback)
     add_error_handlers(app)
-    for router in (openai_routes.router, monitor_routes.router, operations, pages.router):
+    for router in (openai_routes.router, monitor_routes.router, steer_routes.router, operations, pages.router):
         app.include_router(router)
     return app
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from pilotfish.actions import Policy
 from pilotfish.core import Message, TokenScore
 from pilotfish.engines import Event, Generation, Request
+from pilotfish.taps.edit import Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,38 @@ class HeadInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DirectionInfo:
+    """What is known of one direction that clients may steer along."""
+
+    name: str
+    site: str
+    dose: float
+    """The multiplier of the vector that calibration chose."""
+    max_dose: float
+    """The last one that a client may ask for, counted from 0; of the sign of `dose`."""
+    sha256: str
+    """Of the vector."""
+    card: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steer:
+    """One direction that is asked for, checked against what is served."""
+
+    direction: DirectionInfo
+    dose: float
+    scope: Phase
+    metric: str | None = None
+    """Of the gate; without one it is on throughout."""
+    threshold: float | None = None
+    """None takes the bank's calibrated one."""
+
+    @property
+    def name(self) -> str:
+        return self.direction.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """What an engine serves."""
 
@@ -34,6 +67,8 @@ class EngineInfo:
     heads: tuple[HeadInfo, ...]
     is_taxed: bool = False
     """Whether the draft runs for the scores alone: it reads beside a model that is elsewhere."""
+    directions: tuple[DirectionInfo, ...] = ()
+    """What clients may steer along."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -48,6 +83,14 @@ class Call:
     request: Request
     is_raw: bool = False
     """Whether the one message is text to go on with, not a turn for the chat template."""
+    steering: tuple[Steer, ...] = ()
+    """The rules of its gates are the last of the request's policy."""
+
+    @property
+    def own_rules(self) -> range:
+        """Indices in the policy of the rules that are the client's own gates."""
+        num_rules = len(self.request.policy.rules)
+        return range(num_rules - sum(each.metric is not None for each in self.steering), num_rules)
 
 
 class ScoredText(NamedTuple):

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from pilotfish.actions import Policy
@@ -22,7 +22,9 @@ from pilotfish.core import Conversation, Message, TokenScore
 from pilotfish.engines import Batch, EmbeddedEngine, Event, Generation, GenerationStream, Progress, Request
 from pilotfish.errors import Busy, EngineFailed, GenerationError, PilotfishError, TextError
 from pilotfish.scores import score_tokens
-from pilotfish.server.backend import Call, EngineInfo, HeadInfo, ScoredText
+from pilotfish.server.backend import Call, DirectionInfo, EngineInfo, HeadInfo, ScoredText
+from pilotfish.server.steering import Served
+from pilotfish.steering import Direction
 from pilotfish.texts import Rendered, encode, tokenize
 from pilotfish.texts.conversations import check_encodable
 
@@ -62,9 +64,26 @@ class _Job(Protocol):
 class EmbeddedBackend:
     """Serves an `EmbeddedEngine`: up to `max_streams` generations together, the rest in a queue."""
 
-    def __init__(self, engine: EmbeddedEngine, *, max_streams: int = 8, max_queue: int = 32) -> None:
-        """Raises `SettingError` for more streams than a `Batch` takes."""
+    def __init__(
+        self,
+        engine: EmbeddedEngine,
+        *,
+        max_streams: int = 8,
+        max_queue: int = 32,
+        directions: Sequence[Direction] = (),
+        max_dose: float = 1.0,
+    ) -> None:
+        """Serves an engine; clients may steer its target along `directions`.
+
+        Args:
+            max_dose: what they may ask for at most, in calibrated doses.
+
+        Raises:
+            SettingError: more streams than a `Batch` takes, or directions that cannot be served (`Served`).
+            DirectionMismatch: one was made for another model than the target.
+        """
         self._engine = engine
+        self._served = Served(directions, engine.pair.target_identity, max_dose=max_dose)
         self._batch = Batch(max_streams=max_streams)
         self._decoding: dict[GenerationStream, EmbeddedStream] = {}
         self._max_streams, self._max_queue = max_streams, max_queue
@@ -73,7 +92,7 @@ class EmbeddedBackend:
         self._condition = threading.Condition()
         self._closing = False
         self._mean_s = 1.0
-        self._info = _describe(engine)
+        self._info = _describe(engine, self._served.infos)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -230,7 +249,7 @@ class EmbeddedStream:
         """Joins the others, once; on the engine's thread."""
         if self._stream is None:
             self._started = time.monotonic()
-            self._stream = _open(self._backend._engine, self._call)
+            self._stream = _open(self._backend._engine, self._call, self._backend._served)
             self._post(_Opened(self._stream.generation))
             self._backend._join(self._stream, self)
         return True
@@ -293,8 +312,9 @@ def _post(loop: asyncio.AbstractEventLoop, call: Any, item: Any) -> None:
         logger.debug("nobody waits for %s any more", type(item).__name__)
 
 
-def _open(engine: EmbeddedEngine, call: Call) -> GenerationStream:
-    stream = engine.stream(call.messages, call.request)  # checks the policy and the length; computes nothing yet
+def _open(engine: EmbeddedEngine, call: Call, served: Served) -> GenerationStream:
+    request = replace(call.request, edits=served.edits(call.steering, engine.pair.target))
+    stream = engine.stream(call.messages, request)  # checks the policy and the length; computes nothing yet
     if not call.is_raw:
         return stream
     (message,) = call.messages
@@ -302,12 +322,12 @@ def _open(engine: EmbeddedEngine, call: Call) -> GenerationStream:
     size = len(message.content)
     plain = Rendered(message.content, (0,), (size,), (0,), templated=False)
     ids = encode(plain, engine.pair.tokenizer).token_ids
-    if not ids or len(ids) + call.request.max_new_tokens > engine.max_tokens:
+    if not ids or len(ids) + request.max_new_tokens > engine.max_tokens:
         raise GenerationError(
-            f"the prompt has {len(ids):,} tokens and the answer may have {call.request.max_new_tokens:,}; "
+            f"the prompt has {len(ids):,} tokens and the answer may have {request.max_new_tokens:,}; "
             f"give at least one, and together at most {engine.max_tokens:,}"
         )
-    return GenerationStream(engine, message.content, ids, call.request)
+    return GenerationStream(engine, message.content, ids, request)
 
 
 def _score_text(engine: EmbeddedEngine, messages: tuple[Message, ...], name: str) -> ScoredText:
@@ -331,7 +351,7 @@ def _score_text(engine: EmbeddedEngine, messages: tuple[Message, ...], name: str
     return ScoredText(text.pieces, tuple(text.messages), tuple(scores))
 
 
-def _describe(engine: EmbeddedEngine) -> EngineInfo:
+def _describe(engine: EmbeddedEngine, directions: tuple[DirectionInfo, ...]) -> EngineInfo:
     pair = engine.pair
     heads = tuple(
         HeadInfo(metric=metric, reader=reader, threshold=bank.thresholds.get(metric), card=_card(bank.card, metric))
@@ -339,7 +359,13 @@ def _describe(engine: EmbeddedEngine) -> EngineInfo:
         for metric in bank.metrics
     )
     draft = pair.draft_identity.name if pair.draft_identity else None
-    return EngineInfo(model=pair.target_identity.name, draft=draft, max_tokens=engine.max_tokens, heads=heads)
+    return EngineInfo(
+        model=pair.target_identity.name,
+        draft=draft,
+        max_tokens=engine.max_tokens,
+        heads=heads,
+        directions=directions,
+    )
 
 
 def _card(card: Any, metric: str) -> dict[str, Any]:

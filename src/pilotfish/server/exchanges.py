@@ -46,14 +46,22 @@ class Exchange:
     finish_reason: str | None = None
     finished_s: float | None = None
     stats: Mapping[str, Any] = field(default_factory=dict)
+    own_rules: range = range(0)
+    """Indices of rules that are the client's own gates."""
 
     @property
     def alerts(self) -> list[Verdict]:
         """The first verdict for each metric and action: what somebody is told about."""
         first: dict[tuple[str, str], Verdict] = {}
         for verdict in self.verdicts:
-            first.setdefault((verdict.metric, verdict.action), verdict)
+            if not is_wished(verdict, self.own_rules):
+                first.setdefault((verdict.metric, verdict.action), verdict)
         return list(first.values())
+
+
+def is_wished(verdict: Verdict, own_rules: range) -> bool:
+    """Whether it says no more than that a gate of the client's own went up, which is nobody else's concern."""
+    return verdict.action == "steer" and verdict.rule in own_rules
 
 
 class Tally(NamedTuple):

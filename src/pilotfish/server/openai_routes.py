@@ -33,6 +33,8 @@ from pilotfish.server.schemas import (
     TextCompletion,
 )
 from pilotfish.server.service import Service
+from pilotfish.server.steer_routes import checked
+from pilotfish.server.steering import gated
 
 T = TypeVar("T")
 Body = ChatBody | CompletionBody
@@ -116,9 +118,9 @@ async def _answered(service: Service, body: Body, request: Request, caller: Call
     info = service.engine.info
     if body.model != info.model:
         raise ApiError(404, f"this server has the model {info.model!r}", code="model_not_found", param="model")
-    policy = service.policy
-    report = Report(body.monitor, info, policy) if body.monitor is not None else None
-    asked = Asked(call=_call(service, body), endpoint=form.endpoint, prefix=form.prefix, key_id=caller.key_id)
+    call = _call(service, body)
+    report = Report(body.monitor, info, service.policy, call) if body.monitor is not None else None
+    asked = Asked(call=call, endpoint=form.endpoint, prefix=form.prefix, key_id=caller.key_id)
     answer = await _unless_gone(request, service.desk.begin(asked))
     if answer is None:
         return Response(status_code=CLIENT_GONE)
@@ -152,16 +154,18 @@ def _call(service: Service, body: Body) -> Call:
         raise ApiError(
             400, f"max_tokens {wanted:,} is more than the {limits.new_tokens:,} that are given here", param="max_tokens"
         )
+    steering = checked(body.steer, info)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     asking = Asking(
         max_new_tokens=wanted or min(limits.new_tokens, max(1, info.max_tokens // 4)),
         sampling=Sampling(temperature=body.temperature, top_k=body.top_k, top_p=body.top_p),
         stop=stop,
-        policy=service.policy,
+        policy=gated(service.policy, steering),
         seed=secrets.randbits(31) if body.seed is None else body.seed,
         signals=body.monitor is not None and body.monitor.signals,
     )
-    return Call(messages=within_limits(turns, service), request=asking, is_raw=not isinstance(body, ChatBody))
+    messages = within_limits(turns, service)
+    return Call(messages=messages, request=asking, is_raw=not isinstance(body, ChatBody), steering=steering)
 
 
 async def _read_to_the_end(answer: Answer) -> bool:

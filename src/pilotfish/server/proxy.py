@@ -22,6 +22,7 @@ from pilotfish.heads import HeadBank
 from pilotfish.models import LoadedModel
 from pilotfish.server.backend import Call, EngineInfo, HeadInfo, ScoredText
 from pilotfish.server.proxy_exchange import Beside, ReadExchange, cannot_judge
+from pilotfish.server.steering import ELSEWHERE
 from pilotfish.server.upstream import Arrival, Upstream
 
 T = TypeVar("T")
@@ -91,6 +92,9 @@ class ProxyBackend:
         policy.check(bank.metrics, set(bank.metrics) - set(bank.thresholds), has_draft=False)
 
     def submit(self, call: Call) -> ProxyStream:
+        """Raises `SettingError` for a call that steers."""
+        if call.steering:
+            raise SettingError(f"steering along {call.steering[0].name!r} cannot be carried out: {ELSEWHERE}")
         self._loop = asyncio.get_running_loop()
         self._take_seat()
         stream = ProxyStream(self, call)

@@ -9,9 +9,10 @@ from pilotfish.actions import Policy, Verdict
 from pilotfish.core import TokenScore
 from pilotfish.engines import Event, Generation, RoundEvent, ScoreEvent, Token, TokenEvent, VerdictEvent
 from pilotfish.errors import SettingError
-from pilotfish.server.backend import EngineInfo
-from pilotfish.server.exchanges import Tally, scores_json, verdict_json
+from pilotfish.server.backend import Call, EngineInfo
+from pilotfish.server.exchanges import Tally, is_wished, scores_json, verdict_json
 from pilotfish.server.schemas import MonitorOptions
+from pilotfish.server.steering import steering_json
 
 DIGITS = 6
 """Of a probability on the wire; the store keeps all of them."""
@@ -28,8 +29,10 @@ def chosen_metrics(info: EngineInfo, heads: Sequence[str] | None) -> tuple[str, 
 class Report:
     """What one client is told of one answer: only of tokens that left, and only text that left."""
 
-    def __init__(self, options: MonitorOptions, info: EngineInfo, policy: Policy) -> None:
+    def __init__(self, options: MonitorOptions, info: EngineInfo, policy: Policy, call: Call | None = None) -> None:
+        """`policy` is the server's own, without the gates of the steering that a call asks for."""
         self._options, self._info, self._policy = options, info, policy
+        self._steering, self._own_rules = (call.steering, call.own_rules) if call is not None else ((), range(0))
         self._metrics = chosen_metrics(info, options.heads)
 
     def of(self, events: Iterable[Event], num_prompt_tokens: int) -> dict[str, Any]:
@@ -54,10 +57,14 @@ class Report:
 
     def summary(self, generation: Generation, exchange_id: str, found: Tally) -> dict[str, Any]:
         """What is said once, at the end."""
-        reader = {"reader": {"model": self._info.draft, "taxed": True}} if self._info.is_taxed else {}
-        return reader | {
+        more: dict[str, Any] = {}
+        if self._info.is_taxed:
+            more["reader"] = {"model": self._info.draft, "taxed": True}
+        if self._steering:
+            more["steering"] = steering_json(self._steering, generation)
+        return more | {
             "exchange": exchange_id,
-            "heads": head_summaries(self._info, self._metrics, self._policy, generation, found),
+            "heads": self._heads(generation, found),
             "stats": {
                 "committed": len(generation.tokens),
                 "scored": found.num_scored,
@@ -79,6 +86,20 @@ class Report:
         if self._options.lookahead:
             said["rounds"] = [self._round(item) for item in generation.rounds]
         return said
+
+    def _heads(self, generation: Generation, found: Tally) -> dict[str, dict[str, Any]]:
+        """Per metric how high it got on each side, and whether a rule of the server's was broken."""
+        flagged = {verdict.metric for verdict in generation.verdicts if not is_wished(verdict, self._own_rules)}
+        return {
+            metric: {
+                "max_prompt": _short(found.in_prompt.get(metric)),
+                "max_answer": _short(found.in_answer.get(metric)),
+                "threshold": threshold_of(self._info, self._policy, metric),
+                "actions": [rule.action for rule in self._policy.rules if rule.metric == metric],
+                "flagged": metric in flagged,
+            }
+            for metric in self._metrics
+        }
 
     def _token(self, token: Token, scores: Mapping[str, TokenScore], *, in_prompt: bool) -> dict[str, Any]:
         """The text is the answer's own, which a gate may have changed; the token's would say what it hid."""
@@ -117,23 +138,6 @@ def stop_of(generation: Generation) -> Verdict | None:
     """The verdict that ended an answer."""
     stops = [verdict for verdict in generation.verdicts if verdict.action == "stop"]
     return stops[-1] if stops else None
-
-
-def head_summaries(
-    info: EngineInfo, metrics: Sequence[str], policy: Policy, generation: Generation, found: Tally
-) -> dict[str, dict[str, Any]]:
-    """Per metric how high it got on each side, and whether a rule was broken."""
-    flagged = {verdict.metric for verdict in generation.verdicts}
-    return {
-        metric: {
-            "max_prompt": _short(found.in_prompt.get(metric)),
-            "max_answer": _short(found.in_answer.get(metric)),
-            "threshold": threshold_of(info, policy, metric),
-            "actions": [rule.action for rule in policy.rules if rule.metric == metric],
-            "flagged": metric in flagged,
-        }
-        for metric in metrics
-    }
 
 
 def _short(value: float | None) -> float | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from pilotfish.core import Message
+from pilotfish.server.steer_schemas import MAX_STEERS, SteerIn, SteeringOut
 
 MAX_STOPS = 4
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -69,6 +70,7 @@ class _Generation(_Asked):
     stream: bool = False
     stream_options: StreamOptions | None = None
     monitor: MonitorOptions | None = Field(default=None, description="Not OpenAI's: asks for scores.")
+    steer: list[SteerIn] = Field(default=[], max_length=MAX_STEERS, description="Not OpenAI's.")
     n: Literal[1] = Field(default=1, description="One answer a request.")
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
@@ -191,6 +193,7 @@ class MonitorOut(BaseModel):
     exchange: str | None = None
     reader: ReaderOut | None = Field(default=None, description="Behind a proxy alone.")
     heads: dict[str, HeadSummary] | None = None
+    steering: list[SteeringOut] | None = Field(default=None, description="Where the request steered.")
     tokens: list[TokenOut] | None = None
     rounds: list[RoundOut] | None = None
     verdicts: list[VerdictOut] | None = None
