@@ -31,7 +31,7 @@ from typing import Any
 import httpx
 import torch
 from serve_fuzz import fuzz, status_to, well_formed
-from serve_kit import hook_server, serve_tiny, tiny_engine, tiny_server
+from serve_kit import hook_server, none_wanted, serve_tiny, tiny_engine, tiny_server
 from serve_soak import soak
 from shown import targets_table
 
@@ -234,9 +234,11 @@ def _kills(kind: str, num_kills: int, seed: int) -> dict[str, Any] | None:
     lost = len(seen - set(stored))
     doubled = len(stored) - len(set(stored))
     undelivered = len(seen & set(stored) - set(arrived))
-    wrong = float(lost + doubled + undelivered)
-    name = f"{num_kills} kills on {kind}: alerts lost, doubled or undelivered, of {len(seen)}"
-    return {"name": name, "value": wrong, "low": wrong, "high": wrong, "target": "0", "met": wrong == 0 and bool(seen)}
+    found = none_wanted(
+        f"{num_kills} kills on {kind}: alerts lost, doubled or undelivered, of {len(seen)}",
+        lost + doubled + undelivered,
+    )
+    return {**found, "met": found["met"] and bool(seen)}
 
 
 def _one_life(
@@ -325,10 +327,7 @@ def _fuzz_part(chosen: Mapping[str, Any], seed: int) -> dict[str, Any]:
         f"{number:,} malformed requests: 5xx, no end, or a traceback": len(found.broken) + num_tracebacks,
         "after them: routes that answer otherwise": sum(a != b for a, b in zip(before, after, strict=True)),
     }
-    targets = [
-        {"name": name, "value": float(n), "low": float(n), "high": float(n), "target": "0", "met": n == 0}
-        for name, n in wrong.items()
-    ]
+    targets = [none_wanted(name, count) for name, count in wrong.items()]
     examples = [[request.kind, repr(request.data[:500]), repr(answer[:500])] for request, answer in found.broken[:20]]
     return {"targets": targets, "statuses": {str(k): n for k, n in sorted(found.statuses.items())}, "broken": examples}
 

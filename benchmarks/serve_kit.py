@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from pilotfish.actions import Policy, Rule
 from pilotfish.engines import EmbeddedEngine
@@ -92,6 +93,18 @@ def hook_server() -> Iterator[tuple[str, dict[str, Counter[str]]]]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def none_wanted(name: str, count: int) -> dict[str, Any]:
+    """A target of a benchmark: a count that has to be 0."""
+    return {
+        "name": name,
+        "value": float(count),
+        "low": float(count),
+        "high": float(count),
+        "target": "0",
+        "met": count == 0,
+    }
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 from scipy.stats import theilslopes
 from serve_fuzz import malformed, send, status_of, well_formed
-from serve_kit import hook_server, tiny_server
+from serve_kit import hook_server, none_wanted, tiny_server
 
 STREAMS = 8
 KINDS = {"finish": 0.5, "leave": 0.2, "stall": 0.1, "rubbish": 0.2}
@@ -175,7 +175,10 @@ def soak(minutes: float, seed: int, *, every_s: float = 3.0) -> dict[str, Any]:
     """Clients that finish, leave, stall and send rubbish, for so long; what the server was like meanwhile and after.
 
     Returns:
-        `targets` as they are shown, `samples`, and `found`: everything else that was counted.
+        `targets` as they are shown, `samples` (the last one idle, after the load), and whatever else was counted.
+
+    Raises:
+        RuntimeError: a client broke, or the prompts' texts are too alike to tell streams apart.
     """
     with tempfile.TemporaryDirectory() as name, hook_server() as (hook, arrived):
         folder, seen, stop = Path(name), Seen(), threading.Event()
@@ -207,14 +210,14 @@ def soak(minutes: float, seed: int, *, every_s: float = 3.0) -> dict[str, Any]:
             states = dict(rows.execute("select state, count(*) from exchanges group by state").fetchall())
             stored = Counter(row[0] for row in rows.execute("select exchange_id from alerts"))
             rows.close()
-        return _judged(samples, after, seen, arrived, stored) | {
-            "states": states,
-            "exit": process.returncode,
-            "num_tracebacks": (folder / "log").read_text().count("Traceback"),
-        }
+        num_tracebacks = (folder / "log").read_text().count("Traceback")
+        found = judged(samples, after, seen, arrived, stored)
+        left = states.get("running", 0) + num_tracebacks + (process.returncode != 0)
+        found["targets"].append(none_wanted("after it: open exchanges, tracebacks, a bad exit", left))
+        return {**found, "states": states, "exit": process.returncode, "num_tracebacks": num_tracebacks}
 
 
-def _judged(
+def judged(
     samples: Sequence[Sample], after: Sample, seen: Seen, arrived: Mapping[str, Counter[str]], stored: Counter[str]
 ) -> dict[str, Any]:
     grown = slope(samples, "rss_mb")
@@ -227,10 +230,7 @@ def _judged(
         f"{load}: streams with another's text": len(seen.crossed),
         f"{load}: 5xx and broken answers": errors + len(seen.failures),
     }
-    targets: list[dict[str, Any]] = [
-        {"name": name, "value": float(n), "low": float(n), "high": float(n), "target": "0", "met": n == 0}
-        for name, n in counts.items()
-    ]
+    targets = [none_wanted(name, count) for name, count in counts.items()]
     memory = {"name": f"{load}: growth in the second half, MB/h", **grown._asdict()}
     targets.append({**memory, "target": "interval has 0", "met": grown.low <= 0})
     return {
