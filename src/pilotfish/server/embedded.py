@@ -23,7 +23,7 @@ from pilotfish.engines import Batch, EmbeddedEngine, Event, Generation, Generati
 from pilotfish.errors import Busy, EngineFailed, GenerationError, PilotfishError, TextError
 from pilotfish.scores import score_tokens
 from pilotfish.server.backend import Call, DirectionInfo, EngineInfo, HeadInfo, ScoredText
-from pilotfish.server.steering import Served
+from pilotfish.server.steering import AllowList
 from pilotfish.steering import Direction
 from pilotfish.texts import Rendered, encode, tokenize
 from pilotfish.texts.conversations import check_encodable
@@ -79,11 +79,11 @@ class EmbeddedBackend:
             max_dose: what they may ask for at most, in calibrated doses.
 
         Raises:
-            SettingError: more streams than a `Batch` takes, or directions that cannot be served (`Served`).
+            SettingError: more streams than a `Batch` takes, or directions that cannot be served (`AllowList`).
             DirectionMismatch: one was made for another model than the target.
         """
         self._engine = engine
-        self._served = Served(directions, engine.pair.target_identity, max_dose=max_dose)
+        self._allowed = AllowList(directions, engine.pair.target_identity, max_dose=max_dose)
         self._batch = Batch(max_streams=max_streams)
         self._decoding: dict[GenerationStream, EmbeddedStream] = {}
         self._max_streams, self._max_queue = max_streams, max_queue
@@ -92,7 +92,7 @@ class EmbeddedBackend:
         self._condition = threading.Condition()
         self._closing = False
         self._mean_s = 1.0
-        self._info = _describe(engine, self._served.infos)
+        self._info = _describe(engine, self._allowed.infos)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -249,7 +249,7 @@ class EmbeddedStream:
         """Joins the others, once; on the engine's thread."""
         if self._stream is None:
             self._started = time.monotonic()
-            self._stream = _open(self._backend._engine, self._call, self._backend._served)
+            self._stream = _open(self._backend._engine, self._call, self._backend._allowed)
             self._post(_Opened(self._stream.generation))
             self._backend._join(self._stream, self)
         return True
@@ -312,8 +312,8 @@ def _post(loop: asyncio.AbstractEventLoop, call: Any, item: Any) -> None:
         logger.debug("nobody waits for %s any more", type(item).__name__)
 
 
-def _open(engine: EmbeddedEngine, call: Call, served: Served) -> GenerationStream:
-    request = replace(call.request, edits=served.edits(call.steering, engine.pair.target))
+def _open(engine: EmbeddedEngine, call: Call, allowed: AllowList) -> GenerationStream:
+    request = replace(call.request, edits=allowed.edits(call.steering, engine.pair.target))
     stream = engine.stream(call.messages, request)  # checks the policy and the length; computes nothing yet
     if not call.is_raw:
         return stream

@@ -22,7 +22,7 @@ from pilotfish.taps import Edit, When
 ELSEWHERE = "behind a proxy the model that answers is elsewhere, and its activations cannot be written"
 
 
-class Served:
+class AllowList:
     """The directions that clients may steer along, by name: that of the card, or `NAME@SITE` where several have it."""
 
     def __init__(self, directions: Sequence[Direction], identity: Identity, *, max_dose: float) -> None:
