@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import signal
 import socket
 import sqlite3
 import tempfile
@@ -30,6 +31,8 @@ TOKENS = 48
 NUM_BLOCKS = 20
 """Of the second half: within one, samples depend on one another; the means of blocks hardly do."""
 MB = 1e6
+ENDED = (0, -signal.SIGTERM)
+"""A server that was told to end and did: its loop raises the signal again once it has drained."""
 SETTLE_S, IDLE_S = 120.0, 5.0
 """What is left to deliver has so long; then the server idles."""
 
@@ -212,7 +215,7 @@ def soak(minutes: float, seed: int, *, every_s: float = 3.0) -> dict[str, Any]:
             rows.close()
         num_tracebacks = (folder / "log").read_text().count("Traceback")
         found = judged(samples, after, seen, arrived, stored)
-        left = states.get("running", 0) + num_tracebacks + (process.returncode != 0)
+        left = states.get("running", 0) + num_tracebacks + (process.returncode not in ENDED)
         found["targets"].append(none_wanted("after it: open exchanges, tracebacks, a bad exit", left))
         return {**found, "states": states, "exit": process.returncode, "num_tracebacks": num_tracebacks}
 
@@ -224,7 +227,7 @@ def judged(
     lost, doubled = sorted(seen.flagged - set(arrived)), [each for each, count in stored.items() if count > 1]
     errors = sum(count for status, count in seen.statuses.items() if status >= 500)
     minutes = samples[-1].at_s / 60
-    load = f"{minutes:.0f} min at {STREAMS} streams"
+    load = f"{minutes:.2g} min at {STREAMS} streams"
     counts = {
         f"{load}: alerts lost or doubled, of {len(seen.flagged)}": len(lost) + len(doubled),
         f"{load}: streams with another's text": len(seen.crossed),
