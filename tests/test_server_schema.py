@@ -40,6 +40,7 @@ EXAMPLES = settings(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")  # a thread of the server did
 def test_no_request_breaks_the_server_or_its_schema(pair, bank, tmp_path):
     limits = Limits(new_tokens=16)
     with running(EmbeddedEngine(pair, [bank]), tmp_path, limits=limits, requests_per_minute=1_000_000) as server:
