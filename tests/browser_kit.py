@@ -7,17 +7,21 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from server_kit import Running, running
 
-from pilotfish.engines import Token
+from pilotfish.actions import Policy, Rule
+from pilotfish.engines import EmbeddedEngine, Token
 from pilotfish.engines.records import Scores
 from pilotfish.server.exchanges import Exchange
 
 HOSTILE = "</script><img src=x onerror='window.pwned=1'><svg onload=window.pwned=1>\u202e{{data}}"
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FLAG = Policy(rules=(Rule(metric="wide", scope="answer"),))
 WATCH = """
 window.violated = [];
 document.addEventListener("securitypolicyviolation", ({ violatedDirective }) => violated.push(violatedDirective));
@@ -107,6 +111,15 @@ def stored(name: str, text: str, *, size: int = 1, **changes) -> Exchange:
         stats={"seconds": 1.0, "acceptance": 0.5, "highest": {"wide": tokens[-1].scores["wide"].running}},
     )
     return replace(made, **changes)
+
+
+@contextlib.contextmanager
+def page_server(engine: EmbeddedEngine, folder: Path) -> Iterator[Running]:
+    """A server that flags, with two exchanges in its store, of which one is hostile."""
+    with running(engine, folder, policy=FLAG, requests_per_minute=100_000) as found:
+        found.store.record(stored("x-one", "plain"))
+        found.store.record(stored("x-two", HOSTILE, prompt=f"<|im_start|>user\n{HOSTILE}<|im_end|>"))
+        yield found
 
 
 def ask(page, question: str = "hello", *, tokens: int = 48) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +26,31 @@ def pair() -> Pair:
 def bank(pair: Pair) -> HeadBank:
     """Two heads with seeded weights on the draft, one of them on fewer sites; thresholds 0.5."""
     return seeded_bank(pair, reader="draft")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    from browser_kit import chromium
+
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def visit(browser: Any, server: Any) -> Iterator[Any]:
+    """Begins visits to the module's server; each is held to what a page must never do."""
+    from browser_kit import Visit
+
+    visits = []
+
+    def begin(*, url: str = server.url, **options: Any) -> Any:
+        visits.append(Visit(browser, url, **options))
+        return visits[-1]
+
+    yield begin
+    for each in visits:
+        each.close()
 
 
 @pytest.fixture(scope="session")

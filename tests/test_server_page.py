@@ -7,12 +7,11 @@ import re
 from dataclasses import replace
 
 import pytest
-from browser_kit import HOSTILE, Visit, ask, chromium, scores, stored, texts
+from browser_kit import HOSTILE, Visit, ask, page_server, scores, stored, texts
 from conftest import seeded_bank
-from server_kit import running, serving
+from server_kit import serving
 from upstream_kit import scripted, told
 
-from pilotfish.actions import Policy, Rule
 from pilotfish.engines import EmbeddedEngine
 from pilotfish.heads import HeadBank
 from pilotfish.heads.card import ThresholdCard
@@ -22,13 +21,6 @@ from pilotfish.server import ProxyBackend, ServerSettings, Upstream
 CARD = ThresholdCard(
     threshold=0.5, budget=0.01, num_benign=500, num_flagged=1, fpr_upper=0.00945, benign_source="plain talk"
 )
-FLAG = Policy(rules=(Rule(metric="wide", scope="answer"),))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +32,8 @@ def engine(pair):
 
 @pytest.fixture(scope="module")
 def server(engine, tmp_path_factory):
-    with running(engine, tmp_path_factory.mktemp("page"), policy=FLAG, requests_per_minute=100_000) as found:
-        found.store.record(stored("x-one", "plain"))
-        found.store.record(stored("x-two", HOSTILE, prompt=f"<|im_start|>user\n{HOSTILE}<|im_end|>"))
+    with page_server(engine, tmp_path_factory.mktemp("page")) as found:
         yield found
-
-
-@pytest.fixture
-def visit(browser, server):
-    visits = []
-
-    def begin(*, url=server.url, **options) -> Visit:
-        visits.append(Visit(browser, url, **options))
-        return visits[-1]
-
-    yield begin
-    for each in visits:
-        each.close()
 
 
 def test_an_answer_comes_token_by_token_and_every_score_is_the_servers(visit, server):

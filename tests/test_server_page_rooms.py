@@ -8,20 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from browser_kit import HOSTILE, Visit, ask, axe_finds_nothing, chromium, scores, stored, texts
+from browser_kit import HOSTILE, Visit, ask, axe_finds_nothing, page_server, scores, stored, texts
 from server_kit import running
 
-from pilotfish.actions import Policy, Rule
 from pilotfish.engines import EmbeddedEngine
 from pilotfish.server import Store, new_key
-
-FLAG = Policy(rules=(Rule(metric="wide", scope="answer"),))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +22,8 @@ def engine(pair, bank):
 
 @pytest.fixture(scope="module")
 def server(engine, tmp_path_factory):
-    with running(engine, tmp_path_factory.mktemp("page"), policy=FLAG, requests_per_minute=100_000) as found:
-        found.store.record(stored("x-one", "plain"))
-        found.store.record(stored("x-two", HOSTILE, prompt=f"<|im_start|>user\n{HOSTILE}<|im_end|>"))
+    with page_server(engine, tmp_path_factory.mktemp("page")) as found:
         yield found
-
-
-@pytest.fixture
-def visit(browser, server):
-    visits = []
-
-    def begin(*, url=server.url, **options) -> Visit:
-        visits.append(Visit(browser, url, **options))
-        return visits[-1]
-
-    yield begin
-    for each in visits:
-        each.close()
 
 
 def test_a_saved_page_shows_the_same_without_the_server_and_asks_nothing(visit, browser, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pilotfish.actions.policy import Policy, Verdict
-from pilotfish.actions.watch import PROMPT, REPLY, Part, Reasoning, Watch
+from pilotfish.actions.watch import Part, Reasoning, Watch
 from pilotfish.core import TokenScore
 from pilotfish.errors import ArtefactError
 
@@ -48,11 +48,8 @@ class Recorded(NamedTuple):
         """The scopes that each token lies in."""
         reasoning = Reasoning("inside" if self.starts_reasoning else "start")
         for token in self.tokens:
-            if token.is_prompt or not policy.asks_parts:
-                yield PROMPT if token.is_prompt else REPLY
-            else:
-                reasoning, parts = reasoning.read(token.text, policy.reasoning_tags)
-                yield parts
+            reasoning, parts = reasoning.parts(token.text, policy, is_prompt=token.is_prompt)
+            yield parts
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -57,6 +57,12 @@ class Reasoning(NamedTuple):
             return Reasoning("over"), REASONING | REPLY if after.strip() else REASONING
         return Reasoning("inside", before[-len(tags[1]) :]), REASONING
 
+    def parts(self, text: str, policy: Policy, *, is_prompt: bool) -> tuple[Reasoning, frozenset[Part]]:
+        """As `read`, of any token of an exchange; an answer is looked through where the policy asks for its parts."""
+        if is_prompt:
+            return self, PROMPT
+        return self.read(text, policy.reasoning_tags) if policy.asks_parts else (self, REPLY)
+
 
 class Watch:
     """The rules of a policy over the tokens of one exchange."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pilotfish.actions import Rule, Verdict, Watch
-from pilotfish.actions.watch import PROMPT, REASONING, REPLY, Gate, Part, Reasoning
+from pilotfish.actions.watch import REASONING, REPLY, Gate, Part, Reasoning
 from pilotfish.core import TokenScore
 from pilotfish.engines.detokenize import TextStream, text_of
 from pilotfish.engines.escalate import Escalation
@@ -260,11 +260,8 @@ class Exchange:
         return sorted((each for each in settled if each is not None), key=lambda each: each.action != "stop")
 
     def _parts(self, token: Token) -> frozenset[Part]:
-        if token.origin == "prompt":
-            return PROMPT
-        if not self._policy.asks_parts:
-            return REPLY
-        self._reasoning, parts = self._reasoning.read(token.text, self._policy.reasoning_tags)
+        is_prompt = token.origin == "prompt"
+        self._reasoning, parts = self._reasoning.parts(token.text, self._policy, is_prompt=is_prompt)
         return parts
 
     def _settled(self, verdict: Verdict, before: tuple[Gate, ...]) -> Verdict | None:

@@ -14,7 +14,7 @@ from pilotfish.errors import SettingError
 
 
 def document(template: str, data: Mapping[str, object], *, styles: Sequence[str], scripts: Sequence[str]) -> str:
-    """Fills a template of this package; only its own style and scripts may run in it.
+    """Fills a template of this package, set in the frame of all; only its own style and scripts may run in it.
 
     Args:
         scripts: modules, each after those that it imports; their top-level names all differ.
@@ -30,8 +30,9 @@ def document(template: str, data: Mapping[str, object], *, styles: Sequence[str]
     for name, assets in (("style", styles), ("theme", ("theme.js",)), ("script", scripts)):
         parts[name] = "\n".join(map(_inlined, assets))
         parts[f"{name}_hash"] = _hash(parts[name])
+    page = asset("frame.html").replace("{{body}}\n", asset(template))
     # One pass over the template alone: a placeholder inside a model's text stays text.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset(template))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page)
 
 
 def _inlined(name: str) -> str:

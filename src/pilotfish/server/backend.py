@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from pilotfish.actions import Policy
 from pilotfish.core import Message, TokenScore
 from pilotfish.engines import Event, Generation, Request
+from pilotfish.errors import PilotfishError
 from pilotfish.taps.edit import Phase
 
 
@@ -118,6 +120,20 @@ class EventStream(Protocol):
 
     def cancel(self) -> None:
         """Gives the place to somebody else; harmless at any time."""
+
+
+class Ended(NamedTuple):
+    """The last item of a stream's queue."""
+
+    error: PilotfishError | None
+
+
+async def until_ended(items: asyncio.Queue[Any]) -> AsyncIterator[list[Event]]:
+    """Batches of events from a queue, up to its `Ended`, whose error is raised."""
+    while not isinstance(item := await items.get(), Ended):
+        yield item
+    if item.error is not None:
+        raise item.error
 
 
 @runtime_checkable

@@ -22,7 +22,7 @@ from pilotfish.core import Conversation, Message, TokenScore
 from pilotfish.engines import Batch, EmbeddedEngine, Event, Generation, GenerationStream, Progress, Request
 from pilotfish.errors import Busy, EngineFailed, GenerationError, PilotfishError, TextError
 from pilotfish.scores import score_tokens
-from pilotfish.server.backend import Call, DirectionInfo, EngineInfo, HeadInfo, ScoredText
+from pilotfish.server.backend import Call, DirectionInfo, Ended, EngineInfo, HeadInfo, ScoredText, until_ended
 from pilotfish.server.steering import AllowList
 from pilotfish.steering import Direction
 from pilotfish.texts import Rendered, encode, tokenize
@@ -41,11 +41,7 @@ class _Opened(NamedTuple):
     generation: Generation
 
 
-class _Ended(NamedTuple):
-    error: PilotfishError | None
-
-
-_Item = _Opened | list[Event] | _Ended
+_Item = _Opened | list[Event] | Ended
 
 
 @runtime_checkable
@@ -228,18 +224,11 @@ class EmbeddedStream:
         item = await self._items.get()
         if isinstance(item, _Opened):
             return item.generation
-        assert isinstance(item, _Ended), "a stream opens or ends"
+        assert isinstance(item, Ended), "a stream opens or ends"
         raise item.error or EngineFailed("the request was cancelled before it began")
 
-    async def __aiter__(self) -> AsyncIterator[list[Event]]:
-        while True:
-            item = await self._items.get()
-            if isinstance(item, _Ended):
-                if item.error is not None:
-                    raise item.error
-                return
-            assert isinstance(item, list), "a stream opens once"
-            yield item
+    def __aiter__(self) -> AsyncIterator[list[Event]]:
+        return until_ended(self._items)
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -262,7 +251,7 @@ class EmbeddedStream:
         if self._stream is not None:
             self._backend._leave(self._stream)
             self._backend._note_duration(time.monotonic() - self._started)
-        self._post(_Ended(error))
+        self._post(Ended(error))
 
     def _post(self, item: _Item) -> None:
         _post(self._loop, self._items.put_nowait, item)

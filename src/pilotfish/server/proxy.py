@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from pilotfish.actions import Policy
 from pilotfish.core import Message
@@ -20,7 +20,7 @@ from pilotfish.engines.records import FinishReason
 from pilotfish.errors import Busy, EngineFailed, PilotfishError, SettingError
 from pilotfish.heads import HeadBank
 from pilotfish.models import LoadedModel
-from pilotfish.server.backend import Call, EngineInfo, HeadInfo, ScoredText
+from pilotfish.server.backend import Call, Ended, EngineInfo, HeadInfo, ScoredText, until_ended
 from pilotfish.server.proxy_exchange import Beside, ReadExchange, cannot_judge
 from pilotfish.server.steering import ELSEWHERE
 from pilotfish.server.upstream import Arrival, Upstream
@@ -35,10 +35,6 @@ MOST_ARRIVALS = 1024
 LINGER_S = 0.2
 _SMOOTHING = 0.2
 """Weight of the newest duration in the running mean that Retry-After is made from."""
-
-
-class _Ended(NamedTuple):
-    error: PilotfishError | None
 
 
 class ProxyBackend:
@@ -160,7 +156,7 @@ class ProxyStream:
 
     def __init__(self, backend: ProxyBackend, call: Call) -> None:
         self._backend, self._call = backend, call
-        self._items: asyncio.Queue[list[Event] | _Ended] = asyncio.Queue()
+        self._items: asyncio.Queue[list[Event] | Ended] = asyncio.Queue()
         self._generation: Generation | None = None
         self._error: PilotfishError | None = None
         self._is_open = asyncio.Event()
@@ -174,14 +170,8 @@ class ProxyStream:
             raise self._error or EngineFailed("the request was cancelled before it began")
         return self._generation
 
-    async def __aiter__(self) -> AsyncIterator[list[Event]]:
-        while True:
-            item = await self._items.get()
-            if isinstance(item, _Ended):
-                if item.error is not None:
-                    raise item.error
-                return
-            yield item
+    def __aiter__(self) -> AsyncIterator[list[Event]]:
+        return until_ended(self._items)
 
     def cancel(self) -> None:
         """Ends the upstream's request too."""
@@ -193,7 +183,7 @@ class ProxyStream:
             logger.error("the proxy failed", exc_info=error)
             error = EngineFailed(f"the proxy failed ({type(error).__name__}); the server's log says more")
         self._error = error
-        self._items.put_nowait(_Ended(error))
+        self._items.put_nowait(Ended(error))
         self._is_open.set()
         self._backend.leave(self)
 

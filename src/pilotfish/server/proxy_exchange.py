@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pilotfish.actions import Rule, Verdict, Watch
-from pilotfish.actions.watch import PROMPT, REPLY, Part, Reasoning
+from pilotfish.actions.watch import Part, Reasoning
 from pilotfish.core import Conversation, Message, TokenScore
 from pilotfish.engines import Event, Generation, ScoreEvent, Token, TokenEvent, VerdictEvent
 from pilotfish.engines.reader import CHUNK, CachedModel
@@ -222,11 +222,8 @@ class ReadExchange:
         return tuple(sorted(verdicts, key=lambda verdict: verdict.action != "stop"))
 
     def _parts(self, token: Token) -> frozenset[Part]:
-        if token.origin == "prompt":
-            return PROMPT
-        if not self._policy.asks_parts:
-            return REPLY
-        self._reasoning, parts = self._reasoning.read(token.text, self._policy.reasoning_tags)
+        is_prompt = token.origin == "prompt"
+        self._reasoning, parts = self._reasoning.parts(token.text, self._policy, is_prompt=is_prompt)
         return parts
 
     def _redact(self, token: Token) -> None:
