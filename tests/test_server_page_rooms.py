@@ -216,7 +216,7 @@ def test_a_chosen_theme_is_kept_and_auto_follows_the_system_and_says_so(visit):
     page.click("#theme label:has-text('Auto')")
     assert page.locator("#theme :checked + span").inner_text() == "Auto: light"
     page.emulate_media(color_scheme="dark")
-    assert page.locator("#theme :checked + span").inner_text() == "Auto: dark"
+    page.wait_for_selector("#theme :checked + span:text-is('Auto: dark')")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
