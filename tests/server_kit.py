@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,6 +112,24 @@ def held(backend: EmbeddedBackend) -> Iterator[None]:
         yield
     finally:
         job.release.set()
+
+
+@contextlib.contextmanager
+def pausing(backend: EmbeddedBackend, *, passes: int) -> Iterator[None]:
+    """The engine makes so many passes, and goes on at the end of the block."""
+    release, step, made = threading.Event(), backend._step, count(1)
+
+    def paused() -> None:
+        if next(made) > passes:
+            assert release.wait(60), "the test releases the engine"
+        step()
+
+    backend._step = paused
+    try:
+        yield
+    finally:
+        del backend._step
+        release.set()
 
 
 def until(what: Callable[[], object], seconds: float = 20.0) -> None:

@@ -258,7 +258,7 @@ def test_a_browser_shows_every_token_and_never_an_unscored_one_as_scored(tmp_pat
         f"--user-data-dir={tmp_path / 'profile'}",
         "--dump-dom",
     ]
-    done = subprocess.run([CHROMIUM, *flags, path.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([CHROMIUM, *flags, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     shown = [attrs.get("class") or "" for _, attrs in Page(done.stdout).tags if "data-stop" in attrs]
     assert ["lookahead" in classes for classes in shown] == [False, False, False, True, False, False]
     assert ["unscored" in classes for classes in shown] == [False, False, False, True, False, True]

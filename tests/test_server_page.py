@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from browser_kit import HOSTILE, Visit, ask, page_server, scores, stored, texts
 from conftest import seeded_bank
-from server_kit import serving
+from server_kit import pausing, serving, until
 from upstream_kit import scripted, told
 
 from pilotfish.engines import EmbeddedEngine
@@ -39,8 +39,8 @@ def server(engine, tmp_path_factory):
 def test_an_answer_comes_token_by_token_and_every_score_is_the_servers(visit, server):
     began = visit()
     began.context.add_init_script(
-        "window.counts = new Set(); const look = () => { counts.add(document.querySelectorAll('.token').length);"
-        "requestAnimationFrame(look); }; requestAnimationFrame(look);"
+        "window.counts = new Set(); new MutationObserver(() => counts.add(document.querySelectorAll('.token').length))"
+        ".observe(document, { childList: true, subtree: true });"
     )
     page = began.open()
     ask(page, tokens=96)
@@ -82,14 +82,15 @@ def test_a_conversation_goes_on_and_can_begin_anew(visit, server):
 
 def test_an_answer_can_be_stopped(visit, server):
     page = visit().open()
-    page.evaluate("document.getElementById('max-tokens').value = 200")
-    page.fill("#question", "go on and on")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(".pane section .token")
-    page.keyboard.press("Escape")
-    page.wait_for_selector("#exports:not([hidden])")
+    with pausing(server.backend, passes=12):
+        page.fill("#question", "go on and on")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".pane section .token")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#exports:not([hidden])")
     assert "stopped by you" in page.inner_text(".pane .stats")
     assert page.locator("#send").is_visible()
+    until(lambda: server.store.exchanges(limit=1)[0]["state"] == "cancelled")
 
 
 def test_what_the_server_refuses_is_said_in_its_words(visit):
@@ -152,7 +153,7 @@ def test_the_maximum_is_jumped_to_and_several_metrics_show_at_once(visit, server
     page = visit().open("#exchange=x-tall")
     page.keyboard.press("m")
     assert "Token 401" in page.inner_text("#panel")
-    assert page.evaluate("document.activeElement.getBoundingClientRect().bottom < innerHeight")
+    page.wait_for_function("document.activeElement.getBoundingClientRect().bottom < innerHeight")  # it may lay out more
     page.click("#also summary")
     page.check("#lanes input[value=narrow]")
     assert page.eval_on_selector(".pane section .token", "node => node.style.getPropertyValue('--lane-0')") == "0.1"

@@ -175,16 +175,17 @@ def test_axe_finds_nothing_in_any_room(visit, server, theme):
     page = visit(color_scheme=theme).open()
     axe_finds_nothing(page, "opening")
     ask(page, tokens=12)
+    page.wait_for_selector(f"#budget:has-text('Of the last {len(server.store.exchanges(limit=200))} exchanges')")
     page.check("#drafts")
     page.keyboard.press("m")
     axe_finds_nothing(page, "chat")
     page.click("#to-exchanges")
     page.wait_for_selector("#rows li")
     axe_finds_nothing(page, "list")
-    for room in ("exchange=x-axe", "compare=x-axe,x-one"):
+    for room, stage in (("exchange=x-axe", ".alone"), ("compare=x-axe,x-one", ".beside")):
         page.evaluate(f"location.hash = '{room}'")
-        page.wait_for_selector(".pane .token.draft")
-        page.click("#also summary")
+        page.wait_for_selector(f"{stage} .token.draft")
+        page.eval_on_selector("#also", "node => { node.open = true; }")
         axe_finds_nothing(page, room)
 
 
