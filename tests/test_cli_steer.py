@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,25 @@ def test_calibrate_writes_the_dose_of_a_budget_on_the_card(
     assert after is not None and after != before
     said = capsys.readouterr().out
     assert "acceptance at least 0.95" in said and "margin, nats" in said
+
+
+def test_the_kind_of_a_calibration_stands_on_the_card_and_verify_goes_by_it(
+    vector: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(vector, tmp_path / "ablated")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is it?\n")
+    told = ["--prompts", str(prompts), "--pair", str(model), "--meter", "kl_mean", "--limit", "0.01", *QUICK]
+    assert main(["steer", "calibrate", str(folder), *told, "--kind", "ablate"]) == 0
+    ((_, direction),) = load_directions(folder, identity=None).items()
+    assert direction.card.kind == "ablate" and direction.card.dose
+    verify = ["steer", "verify", str(folder), "--model", str(model), "--dtype", "float32", "--num-tokens", "3"]
+    assert main(verify) == 0
+    assert f"ablate with dose {direction.card.dose:.4g}" in capsys.readouterr().out
+    assert main([*verify, "--kind", "add"]) == 1
+    assert "was calibrated for ablate, not for add; leave --kind out" in capsys.readouterr().err
+    assert main([*verify, "--kind", "add", "--dose", "2"]) == 0
+    assert "add with dose 2" in capsys.readouterr().out
 
 
 def test_too_few_pairs_are_refused_in_one_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,16 +22,16 @@ from pilotfish.server.access import ApiError
 from pilotfish.server.steer_routes import checked
 from pilotfish.server.steer_schemas import GateIn, SteerIn
 from pilotfish.steering import Direction, DirectionCard, save_directions
-from pilotfish.taps import Add, Edit, When
+from pilotfish.taps import Ablate, Add, Edit, When
 
 MID, LATE = Site(1, "resid_post"), Site(2, "resid_post")
 PROMPT = "hello"
 
 
-def direction(pair, name="cheerful", site=MID, *, dose=6.0, seed=1) -> Direction:
+def direction(pair, name="cheerful", site=MID, *, dose=6.0, kind="add", seed=1) -> Direction:
     vector = torch.randn(32, generator=torch.Generator().manual_seed(seed))
-    card = DirectionCard(name=name, identity=pair.target_identity, method="imported", dose=dose, notes="from a test")
-    return Direction(site=site, vector=vector, card=card)
+    card = DirectionCard(name=name, identity=pair.target_identity, method="imported", notes="from a test")
+    return Direction(site=site, vector=vector, card=card).with_dose(dose, kind)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,12 @@ def engine(pair, bank):
 
 @pytest.fixture(scope="module")
 def served(pair):
-    """Two names with two calibrated doses, one of them negative."""
-    return [direction(pair), direction(pair, "calm", LATE, dose=-4.0, seed=2)]
+    """Three calibrated doses, one of them negative and one of an ablation."""
+    return [
+        direction(pair),
+        direction(pair, "calm", LATE, dose=-4.0, seed=2),
+        direction(pair, "flat", dose=2.0, kind="ablate", seed=3),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,9 @@ def test_the_list_says_what_may_be_steered_along_and_how_far(client, served):
     assert [(each["name"], each["site"], each["dose"], each["max_dose"]) for each in found] == [
         ("cheerful", "1.resid_post", 6.0, 9.0),
         ("calm", "2.resid_post", -4.0, -6.0),
+        ("flat", "1.resid_post", 2.0, 3.0),
     ]
+    assert [each["card"]["kind"] for each in found] == ["add", "add", "ablate"]
     assert found[0]["card"]["notes"] == "from a test"
     assert found[0]["card"]["identity"] == asdict(served[0].card.identity)
     assert found[0]["sha256"] != found[1]["sha256"]
@@ -99,6 +105,15 @@ def test_an_answer_is_that_of_the_edit_by_hand(client, engine, served, scope, do
     assert reply.choices[0].message.content == expected.answer != plain
     assert said(reply)["dose"] == (dose or 6.0)
     assert said(reply)["num_tokens"] == reply.usage.completion_tokens
+
+
+def test_a_dose_does_what_it_was_calibrated_for(client, engine, served):
+    """Adding two times the vector is another thing than mirroring the activation on it."""
+    ablated = {"flat": [Edit(MID, Ablate(served[2].vector, 2.0), When(phase="generation"))]}
+    expected = engine.generate(PROMPT, Request(max_new_tokens=12, edits=ablated)).answer
+    reply = ask(client, engine, {"name": "flat"})
+    assert reply.choices[0].message.content == expected != alone(engine, served[2], 2.0).answer
+    assert (said(reply)["kind"], said(reply)["dose"]) == ("ablate", 2.0)
 
 
 def test_a_streamed_answer_is_steered_the_same_and_says_so_at_the_end(client, engine, served):
@@ -116,7 +131,7 @@ def test_several_directions_act_at_once(client, engine, served):
     expected = engine.generate(PROMPT, Request(max_new_tokens=12, edits=edits))
     reply = ask(client, engine, *({"name": name, "scope": "both"} for name in edits))
     assert reply.choices[0].message.content == expected.answer
-    assert [each["name"] for each in reply.choices[0].monitor["steering"]] == ["cheerful", "calm"]
+    assert [each["name"] for each in reply.choices[0].monitor["steering"]] == ["cheerful", "calm", "flat"]
 
 
 def test_dose_0_is_no_steering(client, engine):

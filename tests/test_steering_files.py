@@ -37,6 +37,7 @@ from pilotfish.steering import (
     write_hotwire,
 )
 from pilotfish.steering.archive import read_archive
+from pilotfish.taps import Ablate, Add
 
 IDENTITY = Identity(name="tiny", weights="w" * 64, tokenizer="t" * 64, hidden_size=4, num_layers=3, vocab_size=300)
 OTHER = replace(IDENTITY, name="other", weights="v" * 64)
@@ -73,6 +74,25 @@ def test_another_model_is_refused_and_another_name_is_not(tmp_path: Path) -> Non
         load_directions(tmp_path, identity=OTHER)
     load_directions(tmp_path, identity=replace(IDENTITY, name="copy"))
     load_directions(tmp_path, identity=None)
+
+
+def test_a_card_says_for_which_kind_of_edit_its_dose_is_and_one_that_does_not_is_of_an_addition(tmp_path: Path) -> None:
+    site = Site(1, "resid_post")
+    saved = {site: direction(site).with_dose(1.5, "ablate")}
+    back = load_directions(save_directions(tmp_path, saved), identity=IDENTITY)[site]
+    assert (back.card.dose, back.card.kind) == (1.5, "ablate")
+    op = back.to_edit().op
+    assert isinstance(op, Ablate) and op.share == 1.5
+    change_card(tmp_path, lambda raw, card: card.pop("kind"))
+    op = load_directions(tmp_path, identity=IDENTITY)[site].to_edit().op
+    assert isinstance(op, Add) and op.scale == 1.5
+
+
+def test_a_kind_without_a_dose_means_nothing() -> None:
+    ablated = direction(Site(1, "resid_post")).with_dose(1.5, "ablate")
+    assert (2 * ablated).card.kind == "add"
+    with pytest.raises(SettingError, match="kind 'ablate' says what a dose does, and there is none"):
+        ablated.with_dose(None, "ablate")
 
 
 def change_card(folder: Path, change: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pilotfish.cli.steer_verbs import Dosing, Steer, SteerCalibrate, SteerVerify
 from pilotfish.cli.terminal import table
 from pilotfish.core import Message, Site
-from pilotfish.errors import TextError
+from pilotfish.errors import SettingError, TextError
 from pilotfish.models import LoadedModel, Pair, load_model, load_pair
 from pilotfish.reports.dose import dose_curves
 from pilotfish.runs import run_card, write_json, write_text
@@ -17,7 +17,9 @@ from pilotfish.steering import (
     Budget,
     CalibrationConfig,
     Decoding,
+    Direction,
     ExtractConfig,
+    Kind,
     Meters,
     RecipeConfig,
     Steered,
@@ -81,7 +83,7 @@ def run_calibrate(config: SteerCalibrate) -> int:
             config=CalibrationConfig(decoding=_decoding(config, pair), seed=config.seed),
             draft=pair.draft,
         )
-        directions[site] = direction.with_dose(found.dose)
+        directions[site] = direction.with_dose(found.dose, config.kind)
         effect = ""
         if contrasts:
             effect = (
@@ -103,13 +105,33 @@ def run_verify(config: SteerVerify) -> int:
     prompt = _ids(loaded, config.prompt)
     passed = True
     for site, direction in load_directions(config.vector, identity=loaded.identity).items():
-        dose = direction.to_edit(config.dose).op.scale  # type: ignore[union-attr]  # an Add; refuses a missing dose
-        steering = Steering(directions=(direction,), kind=config.kind, when=When(phase=config.phase))
-        print(f"{direction.card.name} at {site}, dose {dose:.4g}")
+        dose, kind = _dosed(config, direction)
+        steering = Steering(directions=(direction,), kind=kind, when=When(phase=config.phase))
+        print(f"{direction.card.name} at {site}, {kind} with dose {dose:.4g}")
         for check in verify(loaded.model, steering, dose, prompt, num_tokens=config.num_tokens):
             print(f"  {'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}")
             passed = passed and check.passed
     return 0 if passed else 1
+
+
+def _dosed(config: SteerVerify, direction: Direction) -> tuple[float, Kind]:
+    """The dose and the kind of edit to verify: those of the card, or others.
+
+    Raises:
+        SettingError: there is no dose, or the card's was calibrated for another kind.
+    """
+    card = direction.card
+    kind = config.kind or card.kind
+    if config.dose is not None:
+        return config.dose, kind
+    if card.dose is None:
+        raise SettingError(f"direction {card.name!r} at {direction.site} has no dose; calibrate it, or give --dose")
+    if kind != card.kind:
+        raise SettingError(
+            f"the dose of direction {card.name!r} at {direction.site} was calibrated for {card.kind}, not for {kind}; "
+            "leave --kind out, or give --dose with it"
+        )
+    return card.dose, kind
 
 
 METERS = ("dose", "relative", "KL mean", "KL p95", "acceptance", "same greedy token")
@@ -146,6 +168,7 @@ def _write_figures(config: Steer, found: Steered) -> None:
         config.out / FIGURES_FILE,
         {
             "site": str(found.direction.site),
+            "kind": config.kind,
             "dose": found.calibration.dose,
             "budget": str(found.calibration.budget),
             "budget_not_spent_for": found.calibration.reason,

@@ -92,8 +92,8 @@ class SteerVerify:
     """The model that they were made for."""
     dose: float | None = None
     """Instead of the card's."""
-    kind: Literal["add", "add_keeping_norm", "ablate", "ablate_add"] = "add"
-    """What a dose does with the vector."""
+    kind: Literal["add", "add_keeping_norm", "ablate", "ablate_add"] | None = None
+    """What the dose does with the vector, instead of the card's; needs a dose then."""
     phase: Literal["prompt", "generation", "both"] = "both"
     """Which tokens it is for."""
     prompt: str = "Tell me about the sea."

@@ -23,9 +23,11 @@ class SteerIn(BaseModel):
 
     name: Name
     dose: float | None = Field(
-        default=None, allow_inf_nan=False, description="Multiplier of the vector; the calibrated one when left out."
+        default=None,
+        allow_inf_nan=False,
+        description="What its card's kind does with the vector; the calibrated one when left out.",
     )
-    scope: Scope = Field(default="generation", description="Which tokens the target reads with the vector added.")
+    scope: Scope = Field(default="generation", description="Which tokens the target reads steered.")
     gate: GateIn | None = None
 
 
@@ -40,6 +42,7 @@ class SteeringOut(BaseModel):
     name: str
     site: str
     sha256: str = Field(description="Of the vector.")
+    kind: str = Field(description="What the dose did with the vector: add, add_keeping_norm, ablate or ablate_add.")
     dose: float
     scope: str
     gate: GateOut | None
@@ -49,7 +52,7 @@ class SteeringOut(BaseModel):
 class DirectionOut(BaseModel):
     name: str
     site: str
-    dose: float = Field(description="The calibrated multiplier of the vector.")
+    dose: float = Field(description="As calibrated for the kind of edit on its card; for `add` the multiplier.")
     max_dose: float = Field(description="The last that may be asked for, counted from 0.")
     sha256: str
     card: dict[str, Any]

@@ -52,12 +52,12 @@ class AllowList:
 
     def edits(self, steering: Sequence[Steer], model: PreTrainedModel) -> dict[str, tuple[Edit, ...]]:
         """What a request writes, by the names that `gated` gives to rules."""
-        return {
-            each.name: Steering(directions=(self._directions[each.name],), when=When(phase=each.scope)).edits(
-                each.dose, model
-            )
-            for each in steering
-        }
+        return {each.name: self._steering(each).edits(each.dose, model) for each in steering}
+
+    def _steering(self, asked: Steer) -> Steering:
+        """With the kind of edit that its dose was calibrated for."""
+        direction = self._directions[asked.name]
+        return Steering(directions=(direction,), kind=direction.card.kind, when=When(phase=asked.scope))
 
 
 def gated(policy: Policy, steering: Sequence[Steer]) -> Policy:
@@ -78,6 +78,7 @@ def steering_json(steering: Sequence[Steer], generation: Generation) -> list[dic
             "name": each.name,
             "site": each.direction.site,
             "sha256": each.direction.sha256,
+            "kind": each.direction.card["kind"],
             "dose": each.dose,
             "scope": each.scope,
             "gate": None if each.metric is None else {"metric": each.metric, "threshold": each.threshold},

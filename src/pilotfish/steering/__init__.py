@@ -1,7 +1,7 @@
 """A model and contrasts in; directions that steer it, with cards, out."""
 
 from pilotfish.steering.calibrate import Budget, Calibration, CalibrationConfig, Candidate, best, calibrate, search
-from pilotfish.steering.card import DirectionCard, Method, Operand, PairsCard
+from pilotfish.steering.card import DirectionCard, Kind, Method, Operand, PairsCard
 from pilotfish.steering.direction import Direction
 from pilotfish.steering.dose import Steering, dose_of, relative_dose, stream_norms
 from pilotfish.steering.evaluate import (
@@ -51,6 +51,7 @@ __all__ = [
     "Divergence",
     "ExtractConfig",
     "HeadGate",
+    "Kind",
     "Meters",
     "Method",
     "Operand",

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from pilotfish.errors import ArtefactError, DirectionMismatch, SettingError
 from pilotfish.models import Identity
 
+Kind = Literal["add", "add_keeping_norm", "ablate", "ablate_add"]
 Method = Literal["mean_difference", "pca_center", "logistic", "actadd", "head", "arithmetic", "imported", "discovered"]
 
 
@@ -43,12 +44,18 @@ class DirectionCard:
     method: Method
     data: PairsCard = PairsCard()
     dose: float | None = None
-    """The multiplier of the vector that calibration chose; None before."""
+    """What calibration chose for that kind of edit, for `add` the multiplier of the vector; None before."""
+    kind: Kind = "add"
+    """What the dose does with the vector (`Steering.kind`); a card that does not say so is of an addition."""
     provenance: tuple[Operand, ...] = ()
     """What arithmetic summed up: the vector is the sum of weight times operand."""
     notes: str = ""
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise SettingError(f"kind {self.kind!r} is unknown; use one of {', '.join(get_args(Kind))}")
+        if self.dose is None and self.kind != "add":
+            raise SettingError(f"kind {self.kind!r} says what a dose does, and there is none; give both or neither")
         if not self.name:
             raise SettingError("a direction needs a name; say what adding it should bring about")
         if self.method not in get_args(Method):
@@ -56,12 +63,12 @@ class DirectionCard:
 
     @classmethod
     def from_json(cls, raw: Any, where: str) -> DirectionCard:
-        """The inverse of `dataclasses.asdict`.
+        """The inverse of `dataclasses.asdict`; `kind` may be missing.
 
         Raises:
             ArtefactError: a key is unknown or missing, or a value is of another kind.
         """
-        values = _checked(cls, raw, where)
+        values = _checked(cls, {"kind": "add"} | raw if isinstance(raw, Mapping) else raw, where)
         values["identity"] = Identity(**_checked(Identity, values["identity"], where))
         values["data"] = PairsCard(**_checked(PairsCard, values["data"], where))
         operands = values["provenance"] if isinstance(values["provenance"], list) else [values["provenance"]]

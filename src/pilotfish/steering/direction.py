@@ -16,8 +16,8 @@ from pilotfish.core import Site
 from pilotfish.errors import DirectionMismatch, SettingError
 from pilotfish.heads import Head, Which, linear_head
 from pilotfish.models import Identity, site_module
-from pilotfish.steering.card import DirectionCard, Operand, check_same_model
-from pilotfish.taps import Add, Edit, When
+from pilotfish.steering.card import DirectionCard, Kind, Operand, check_same_model
+from pilotfish.taps import Ablate, AblateAdd, Add, AddKeepingNorm, Edit, Op, When
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -111,9 +111,13 @@ class Direction:
     def named(self, name: str) -> Direction:
         return replace(self, card=replace(self.card, name=name))
 
-    def with_dose(self, dose: float | None) -> Direction:
-        """The same direction with the multiplier that a calibration chose."""
-        return replace(self, card=replace(self.card, dose=dose))
+    def with_dose(self, dose: float | None, kind: Kind = "add") -> Direction:
+        """The same direction with the dose that a calibration chose for a kind of edit.
+
+        Raises:
+            SettingError: a kind other than `add` without a dose.
+        """
+        return replace(self, card=replace(self.card, dose=dose, kind=kind))
 
     def to_head(self, metric: str, bias: float = 0.0) -> Head:
         """A head whose logit is the dot product of the activation and the vector, plus the bias."""
@@ -150,15 +154,15 @@ class Direction:
     def to_edit(
         self, dose: float | None = None, *, when: When | None = None, model: PreTrainedModel | None = None
     ) -> Edit:
-        """An edit that adds dose times the vector at the site.
+        """An edit that does with a dose what the card's kind says: adds dose times the vector, where it says nothing.
 
         Args:
-            dose: Multiplier; that of the card by default.
+            dose: That of the card by default.
             when: Which tokens; all by default.
             model: Whose dtype and device the vector is to have; as it is by default.
 
         Raises:
-            SettingError: there is no dose.
+            SettingError: there is no dose, or the vector is 0 where its direction is needed.
         """
         chosen = self.card.dose if dose is None else dose
         if chosen is None:
@@ -168,7 +172,7 @@ class Direction:
         vector = self.vector
         if model is not None:
             vector = vector.to(next(site_module(model, self.site).parameters()).device, model.dtype)
-        return Edit(self.site, Add(vector, float(chosen)), When() if when is None else when)
+        return Edit(self.site, op_of(self.card.kind, vector, float(chosen)), When() if when is None else when)
 
     def check(self, identity: Identity) -> None:
         """Refuses any other model than the one that the direction was made for; the name alone may differ.
@@ -188,6 +192,22 @@ class Direction:
     def _operands(self) -> tuple[Operand, ...]:
         digest = hashlib.sha256(self.vector.contiguous().cpu().numpy().tobytes()).hexdigest()
         return self.card.provenance or (Operand(weight=1.0, name=self.card.name, sha256=digest),)
+
+
+def op_of(kind: Kind, vector: Float[Tensor, " hidden"], dose: float) -> Op:
+    """What a dose does with a vector; dose 0 keeps an activation's very bits.
+
+    `ablate_add` has no continuous way to 0, since with a small dose it ablates.
+    """
+    match kind:
+        case "add":
+            return Add(vector, dose)
+        case "add_keeping_norm":
+            return AddKeepingNorm(vector, dose)
+        case "ablate":
+            return Ablate(vector, dose)
+        case "ablate_add":
+            return AblateAdd(vector, dose) if dose else Add(vector, 0.0)
 
 
 def _sum(terms: list[tuple[float, Direction]]) -> Direction:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 from pilotfish.core import Site
 from pilotfish.errors import SettingError
 from pilotfish.models import site_module
-from pilotfish.steering.direction import Direction
-from pilotfish.taps import Ablate, AblateAdd, Add, AddKeepingNorm, Edit, Op, When, tapped
-
-Kind = Literal["add", "add_keeping_norm", "ablate", "ablate_add"]
+from pilotfish.steering.card import Kind
+from pilotfish.steering.direction import Direction, op_of
+from pilotfish.taps import Edit, When, tapped
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -39,29 +38,13 @@ class Steering:
     def edits(self, dose: float, model: PreTrainedModel) -> tuple[Edit, ...]:
         """One edit a direction, on the model's device and in its dtype. With dose 0 the model keeps its very bits.
 
-        `ablate_add` has no continuous way to 0, since with a small c it ablates: at dose 0 it makes no edit.
-
         Raises:
             SettingError: the dose is not finite, a vector is 0 where its direction is needed, or a layer is not there.
         """
-        if dose == 0 and self.kind == "ablate_add":
-            return ()
         return tuple(
-            Edit(direction.site, _op(self.kind, _for_model(direction, model), dose), self.when)
+            Edit(direction.site, op_of(self.kind, _for_model(direction, model), dose), self.when)
             for direction in self.directions
         )
-
-
-def _op(kind: Kind, vector: Tensor, dose: float) -> Op:
-    match kind:
-        case "add":
-            return Add(vector, dose)
-        case "add_keeping_norm":
-            return AddKeepingNorm(vector, dose)
-        case "ablate":
-            return Ablate(vector, dose)
-        case "ablate_add":
-            return AblateAdd(vector, dose)
 
 
 def _for_model(direction: Direction, model: PreTrainedModel) -> Tensor:

@@ -16,8 +16,9 @@ from pilotfish.errors import SettingError, TextError
 from pilotfish.models import LoadedModel, num_layers
 from pilotfish.runs import generator
 from pilotfish.steering.calibrate import Budget, Calibration, CalibrationConfig, Candidate, best, calibrate
+from pilotfish.steering.card import Kind
 from pilotfish.steering.direction import Direction
-from pilotfish.steering.dose import Kind, Steering
+from pilotfish.steering.dose import Steering
 from pilotfish.steering.evaluate import (
     NO_STEERING,
     Answered,
@@ -40,6 +41,7 @@ from pilotfish.taps import Edit, When
 from pilotfish.texts import Contrast
 
 MIN_CONTRASTS = 10
+FIRST_RELATIVE = 0.05
 SHARES = {"train": 0.6, "choose": 0.2, "test": 0.2}
 """Read the direction; choose dose and layer; report."""
 MARGIN, PROBABILITY = "margin, nats", "probability of the positive answer"
@@ -80,7 +82,7 @@ class Steered(NamedTuple):
     """What came of it."""
 
     direction: Direction
-    """At the best site, its dose on its card."""
+    """At the best site, its dose and kind on its card."""
     calibration: Calibration
     """Of that direction; its curve has the mean margin of the choosing contrasts as behaviour."""
     candidates: tuple[Candidate, ...]
@@ -108,22 +110,31 @@ def steer(contrasts: Sequence[Contrast], loaded: LoadedModel, *, config: RecipeC
     shown = _prompt_arms(parts["train"], config)
     if config.budget is None:
         config = replace(config, budget=_spent_by(shown[0], loaded, parts["choose"], config))
-    found = [_calibrated(read[site], prompts, loaded, config, tolerance=0.15) for site in sites]
 
     def effect(edits: Sequence[Edit], _: object = None) -> float:
         return float(margins(loaded, Arm(name="choosing", edits=tuple(edits)), parts["choose"]).mean())
 
-    ranked = best(found, effect, loaded.model)
-    site = ranked[0].calibration.steering.directions[0].site
-    final = _calibrated(read[site], prompts, loaded, config, behaviour=effect)
+    def finely(site: Site) -> Calibration:
+        return _calibrated(read[site], prompts, loaded, config, behaviour=effect)
+
+    if len(sites) == 1:
+        ranked = best([finely(sites[0])], effect, loaded.model)
+        final = ranked[0].calibration
+    else:
+        found = [_calibrated(read[site], prompts, loaded, config, tolerance=0.15) for site in sites]
+        ranked = best(found, effect, loaded.model)
+        final = finely(_site(ranked[0].calibration))
+    site = _site(final)
     mixed = shuffled(parts["train"], generator=generator(config.seed, "shuffled labels"))
     nulls = {
         "random direction": random_like(read[site], generator=generator(config.seed, "random direction")),
         "shuffled labels": extract(mixed, loaded, name="shuffled", sites=[site], config=config.extract)[site],
     }
     arms = [Arm(name=NO_STEERING), Arm(name="vector", edits=final.edits(loaded.model)), *shown]
+    near = min(max(final.meters.relative, FIRST_RELATIVE), 1.0)  # nulls cost about what the vector does
     for name, null in nulls.items():
-        arms.append(Arm(name=name, edits=_calibrated(null, prompts, loaded, config).edits(loaded.model)))
+        calibrated = _calibrated(null, prompts, loaded, config, first=near)
+        arms.append(Arm(name=name, edits=calibrated.edits(loaded.model)))
     return _judged(loaded, parts["test"], arms, (ranked, final), config)
 
 
@@ -174,7 +185,7 @@ def _judged(
         arm.name: answer(loaded, arm, asked, decoding=config.decoding, generator=generator(config.seed, "answers"))
         for arm in (arms if asked else ())
     }
-    direction = final.steering.directions[0].with_dose(final.dose)
+    direction = final.steering.directions[0].with_dose(final.dose, config.kind)
     return Steered(direction, final, tuple(ranked), tuple(rows), answers, verdict, tuple(arms))
 
 
@@ -184,10 +195,11 @@ def _calibrated(
     loaded: LoadedModel,
     config: RecipeConfig,
     *,
+    first: float = FIRST_RELATIVE,
     tolerance: float = 0.05,
     behaviour: Behaviour | None = None,
 ) -> Calibration:
-    how = CalibrationConfig(decoding=config.decoding, tolerance=tolerance, seed=config.seed)
+    how = CalibrationConfig(first_relative=first, decoding=config.decoding, tolerance=tolerance, seed=config.seed)
     steering = Steering(directions=(direction,), kind=config.kind, when=config.when)
     return calibrate(loaded.model, steering, prompts, budget=config.budget, config=how, behaviour=behaviour)
 
@@ -220,6 +232,10 @@ def _prompts(loaded: LoadedModel, contrasts: Sequence[Contrast], count: int) -> 
             ids = list(loaded.tokenizer(item.negative)["input_ids"])
             prompts.append(ids[: math.ceil(len(ids) / 2)])
     return prompts
+
+
+def _site(calibration: Calibration) -> Site:
+    return calibration.steering.directions[0].site
 
 
 def _sites(depth: int, count: int) -> tuple[Site, ...]:
