@@ -23,6 +23,7 @@ from pilotfish.actions import Policy, Rule
 from pilotfish.engines import EmbeddedEngine
 from pilotfish.errors import PilotfishError
 from pilotfish.server import EmbeddedBackend, Retrying, ServerSettings, Service, Sink, Store, make_server
+from pilotfish.server.tracing import Tracer
 
 FAST = Retrying(first_pause_s=0.05, longest_pause_s=0.2, poll_s=0.05, lease_s=2.0)
 FLAG_ALL = Policy(rules=(Rule(metric="wide", action="flag", threshold=0.0),), hold=True)
@@ -46,12 +47,13 @@ def running(
     policy: Policy = OBSERVE,
     sinks: Sequence[Sink] = (),
     store: Store | None = None,
+    tracer: Tracer | None = None,
     **settings: Any,
 ) -> Iterator[Running]:
     """Serves a pair until the block ends, then drains as after SIGTERM."""
     chosen = ServerSettings(port=0, retrying=FAST, **settings)
     backend = EmbeddedBackend(engine, max_streams=chosen.max_streams, max_queue=chosen.max_queue)
-    with serving(backend, folder, chosen, policy=policy, sinks=sinks, store=store) as found:
+    with serving(backend, folder, chosen, policy=policy, sinks=sinks, store=store, tracer=tracer) as found:
         yield found
 
 
@@ -64,10 +66,11 @@ def serving(
     policy: Policy = OBSERVE,
     sinks: Sequence[Sink] = (),
     store: Store | None = None,
+    tracer: Tracer | None = None,
 ) -> Iterator[Running]:
     """Serves any engine until the block ends."""
     store = store or Store(f"sqlite:///{folder / 'store.db'}", sinks=[sink.name for sink in sinks])
-    service = Service(backend, store, settings, policy=policy, sinks=sinks)
+    service = Service(backend, store, settings, policy=policy, sinks=sinks, tracer=tracer)
     started, urls = threading.Event(), []
 
     def on_start(url: str) -> None:

@@ -30,14 +30,14 @@ def run(config: Serve) -> int:
         request_timeout_s=config.request_timeout_s,
         requests_per_minute=config.requests_per_minute,
     )
-    sinks = _sinks(config)
+    sinks, tracer = _sinks(config), _tracer(config)
     store = Store(config.store, sinks=[sink.name for sink in sinks], redact=config.redact)
     backend, banks = _embedded(config) if config.upstream is None else _proxy(config)
     policy = flag_policy(banks, action=config.action, threshold=config.threshold, hold=True)
     if config.policy is not None:
         policy = read_policy(config.policy)
     try:
-        service = Service(backend, store, settings, policy=policy, sinks=sinks)
+        service = Service(backend, store, settings, policy=policy, sinks=sinks, tracer=tracer)
         asyncio.run(backend.check(service.policy))
         names = ", ".join(sink.name for sink in sinks) or "the store alone"
         beside = f" (read by {backend.info.draft}, at a tax)" if backend.info.is_taxed else ""
@@ -108,6 +108,16 @@ def _sinks(config: Serve) -> list[Any]:
             raise missing_extra("otel", error) from error
         sinks.append(OtelSink.over_http(config.otel))
     return sinks
+
+
+def _tracer(config: Serve) -> Any:
+    if config.otel_traces is None:
+        return None
+    try:
+        from pilotfish.server.otel import OtelTracer
+    except ModuleNotFoundError as error:
+        raise missing_extra("otel", error) from error
+    return OtelTracer.over_http(config.otel_traces)
 
 
 def _rules(policy: Policy) -> str:

@@ -53,6 +53,8 @@ class Serve(Models):
     """JSONL that alerts are appended to."""
     otel: str | None = None
     """OTLP address that alerts go to as log events, such as http://localhost:4318/v1/logs (extra `otel`)."""
+    otel_traces: str | None = None
+    """OTLP address that a span of each answer goes to, such as http://localhost:4318/v1/traces (extra `otel`)."""
     redact: bool = False
     """Store no text and no token ids, only scores, positions and verdicts."""
     keep_days: float = 30.0

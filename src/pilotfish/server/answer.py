@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -23,6 +23,7 @@ from pilotfish.server.outbox import Courier
 from pilotfish.server.steering import steering_json
 from pilotfish.server.store import Store
 from pilotfish.server.telemetry import Telemetry
+from pilotfish.server.tracing import AnswerSpan, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +45,17 @@ class Asked:
     prefix: str
     """Of the exchange's id, as OpenAI's clients know it."""
     key_id: str | None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Of the request: they may name the trace that it belongs to."""
 
 
 class Desk:
-    """Where answers are begun: the engine, the store and what counts them."""
+    """Where answers are begun: the engine, the store and what counts and traces them."""
 
-    def __init__(self, engine: ServedEngine, store: Store, telemetry: Telemetry, *, timeout_s: float) -> None:
-        self.engine, self.store, self.telemetry = engine, store, telemetry
+    def __init__(
+        self, engine: ServedEngine, store: Store, telemetry: Telemetry, tracer: Tracer, *, timeout_s: float
+    ) -> None:
+        self.engine, self.store, self.telemetry, self.tracer = engine, store, telemetry, tracer
         self.timeout_s = timeout_s
         self.couriers: list[Courier] = []
         self._pumps: set[asyncio.Task[None]] = set()
@@ -65,21 +70,29 @@ class Desk:
             TimedOut: it waited too long.
         """
         started = time.monotonic()
-        stream = self.engine.submit(asked.call)
+        span = self.tracer.start(asked.call, asked.endpoint, self.engine.info.model, asked.headers)
         try:
-            async with asyncio.timeout(self.timeout_s):
-                generation = await stream.opened()
-        except TimeoutError:
-            stream.cancel()
-            raise TimedOut(f"no place came free within {self.timeout_s:.0f} s; try again later") from None
-        except BaseException:  # also when the client has gone
-            stream.cancel()
+            stream = self.engine.submit(asked.call)
+            generation = await self._opened(stream)
+        except BaseException as error:  # also when the client has gone
+            span.fail(error)
             raise
-        answer = Answer(self, stream, generation, asked, started=started)
+        answer = Answer(self, stream, generation, asked, span, started=started)
         task = asyncio.create_task(answer.pump())
         self._pumps.add(task)
         task.add_done_callback(self._pumps.discard)
         return answer
+
+    async def _opened(self, stream: EventStream) -> Generation:
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await stream.opened()
+        except TimeoutError:
+            stream.cancel()
+            raise TimedOut(f"no place came free within {self.timeout_s:.0f} s; try again later") from None
+        except BaseException:
+            stream.cancel()
+            raise
 
     async def in_store(self, call: Any, *arguments: Any, **options: Any) -> Any:
         """Runs one of the store's blocking methods beside the event loop."""
@@ -105,9 +118,9 @@ class Answer:
     """One exchange under way. Iterate it once for batches of events that may leave."""
 
     def __init__(
-        self, desk: Desk, stream: EventStream, generation: Generation, asked: Asked, *, started: float
+        self, desk: Desk, stream: EventStream, generation: Generation, asked: Asked, span: AnswerSpan, *, started: float
     ) -> None:
-        self._desk, self._stream, self._asked, self._started = desk, stream, asked, started
+        self._desk, self._stream, self._asked, self._span, self._started = desk, stream, asked, span, started
         self.generation = generation
         self.tally = Tally(0, {}, {})
         """Of the whole generation, once it has ended."""
@@ -165,6 +178,7 @@ class Answer:
             error = error or failure
         self.tally = tally(self.generation)
         self._count(error)
+        self._span.end(self.id, self.generation, self.tally, error)
         self._out.put_nowait(_Ended(error))
 
     async def _let_through(self, event: Event) -> None:
@@ -203,6 +217,7 @@ class Answer:
             verdicts=tuple(generation.verdicts),
             stats=_stats(generation, error) | {"steering": steering_json(self._asked.call.steering, generation)},
             own_rules=self._asked.call.own_rules,
+            traceparent=self._span.traceparent,
         )
 
     def _count(self, error: PilotfishError | None) -> None:

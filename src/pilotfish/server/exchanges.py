@@ -48,6 +48,8 @@ class Exchange:
     stats: Mapping[str, Any] = field(default_factory=dict)
     own_rules: range = range(0)
     """Indices of rules that are the client's own gates."""
+    traceparent: str | None = None
+    """Its place in a trace, where there is one: alerts name it."""
 
     @property
     def alerts(self) -> list[Verdict]:
@@ -172,6 +174,8 @@ def alert_row(exchange: Exchange, verdict: Verdict, *, now_s: float, redact: boo
     data = {"id": alert_id, "exchange": exchange.id, "model": exchange.model, "in_prompt": in_prompt, **said}
     if not redact:
         data["excerpt"] = _excerpt(exchange.tokens, verdict.position)
+    if exchange.traceparent is not None:
+        data["traceparent"] = exchange.traceparent
     timestamp = datetime.fromtimestamp(now_s, UTC).isoformat(timespec="milliseconds")
     payload = {"type": "monitor.alert", "timestamp": timestamp, "data": data}
     return {"id": alert_id, "exchange_id": exchange.id, "created_s": now_s, "payload": payload, **said}

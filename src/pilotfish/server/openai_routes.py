@@ -24,7 +24,7 @@ from pilotfish.server.backend import Call
 from pilotfish.server.depends import Served, User
 from pilotfish.server.exchanges import verdict_json
 from pilotfish.server.keys import Caller
-from pilotfish.server.report import Report, stop_of
+from pilotfish.server.report import Report, finish_of, stop_of, usage_of
 from pilotfish.server.schemas import (
     ChatBody,
     ChatCompletion,
@@ -41,8 +41,6 @@ Body = ChatBody | CompletionBody
 
 logger = logging.getLogger(__name__)
 
-FINISH = {"eos": "stop", "stop_string": "stop", "length": "length"}
-"""The engine's reasons in OpenAI's words; any other one is a gate's."""
 CLIENT_GONE = 499
 
 
@@ -120,7 +118,7 @@ async def _answered(service: Service, body: Body, request: Request, caller: Call
         raise ApiError(404, f"this server has the model {info.model!r}", code="model_not_found", param="model")
     call = _call(service, body)
     report = Report(body.monitor, info, service.policy, call) if body.monitor is not None else None
-    asked = Asked(call=call, endpoint=form.endpoint, prefix=form.prefix, key_id=caller.key_id)
+    asked = Asked(call=call, endpoint=form.endpoint, prefix=form.prefix, key_id=caller.key_id, headers=request.headers)
     answer = await _unless_gone(request, service.desk.begin(asked))
     if answer is None:
         return Response(status_code=CLIENT_GONE)
@@ -136,11 +134,11 @@ async def _answered(service: Service, body: Body, request: Request, caller: Call
     if done is None:
         return Response(status_code=CLIENT_GONE)
     generation = answer.generation
-    choice = form.choice(generation.answer, _finish(generation))
+    choice = form.choice(generation.answer, finish_of(generation))
     said = report.whole(generation, answer.id, answer.tally) if report is not None else _stopped(generation)
     if said:
         choice["monitor"] = said
-    whole = _envelope(answer, form.whole, info.model, [choice]) | {"usage": _usage(generation)}
+    whole = _envelope(answer, form.whole, info.model, [choice]) | {"usage": usage_of(generation)}
     return JSONResponse(whole)
 
 
@@ -190,11 +188,11 @@ async def _lines(
     except PilotfishError as error:
         yield _sse(refusal_of(error).body)
         return
-    last = form.delta("", _finish(generation), is_first=is_first)
+    last = form.delta("", finish_of(generation), is_first=is_first)
     said = _stopped(generation) | (report.summary(generation, answer.id, answer.tally) if report is not None else {})
     yield _sse(_envelope(answer, form.chunk, model, [last | ({"monitor": said} if said else {})]))
     if with_usage:
-        yield _sse(_envelope(answer, form.chunk, model, []) | {"usage": _usage(generation)})
+        yield _sse(_envelope(answer, form.chunk, model, []) | {"usage": usage_of(generation)})
     yield "data: [DONE]\n\n"
 
 
@@ -210,22 +208,12 @@ def _sse(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _finish(generation: Generation) -> str:
-    return FINISH.get(generation.finish_reason or "", "content_filter")
-
-
 def _stopped(generation: Generation) -> dict[str, Any]:
     """Why an answer was stopped, said to every client that it happens to; empty when it was not."""
-    if _finish(generation) != "content_filter":
+    if finish_of(generation) != "content_filter":
         return {}
     stop = stop_of(generation)
     return {"verdicts": [verdict_json(stop)]} if stop is not None else {}
-
-
-def _usage(generation: Generation) -> dict[str, int]:
-    sent = sum(token.is_emitted for token in generation.committed)
-    prompt = generation.num_prompt_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": sent, "total_tokens": prompt + sent}
 
 
 class _Stream(StreamingResponse):

@@ -16,6 +16,8 @@ from pilotfish.server.steering import steering_json
 
 DIGITS = 6
 """Of a probability on the wire; the store keeps all of them."""
+FINISH = {"eos": "stop", "stop_string": "stop", "length": "length"}
+"""The engine's reasons in OpenAI's words; any other one is a gate's."""
 
 
 def chosen_metrics(info: EngineInfo, heads: Sequence[str] | None) -> tuple[str, ...]:
@@ -138,6 +140,18 @@ def stop_of(generation: Generation) -> Verdict | None:
     """The verdict that ended an answer."""
     stops = [verdict for verdict in generation.verdicts if verdict.action == "stop"]
     return stops[-1] if stops else None
+
+
+def finish_of(generation: Generation) -> str:
+    """Why an answer ended, in OpenAI's words."""
+    return FINISH.get(generation.finish_reason or "", "content_filter")
+
+
+def usage_of(generation: Generation) -> dict[str, int]:
+    """Tokens of the prompt, and of the answer those that left."""
+    sent = sum(token.is_emitted for token in generation.committed)
+    prompt = generation.num_prompt_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": sent, "total_tokens": prompt + sent}
 
 
 def _short(value: float | None) -> float | None:

@@ -18,6 +18,7 @@ from pilotfish.server.settings import DAY_S, ServerSettings
 from pilotfish.server.sinks import Sink
 from pilotfish.server.store import Store
 from pilotfish.server.telemetry import Telemetry
+from pilotfish.server.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,10 @@ class Service:
         *,
         policy: Policy,
         sinks: Sequence[Sink] = (),
+        tracer: Tracer | None = None,
     ) -> None:
-        """The policy that was last put in force over HTTP goes before `policy`.
+        """The policy that was last put in force over HTTP goes before `policy`. Answers are traced where there is a
+        `tracer`.
 
         Raises:
             SettingError: there is no key, and others than this machine could reach the server; or the stored policy
@@ -52,7 +55,7 @@ class Service:
         stored = store.policy()
         self.policy = policy if stored is None else policy_from_dict(stored, "the stored policy")
         self.telemetry = Telemetry(lambda: engine.load, store.outbox)
-        self.desk = Desk(engine, store, self.telemetry, timeout_s=settings.request_timeout_s)
+        self.desk = Desk(engine, store, self.telemetry, tracer or Tracer(), timeout_s=settings.request_timeout_s)
         self.ring = KeyRing(store.keys)
         limit = RateLimit(settings.requests_per_minute)
         self.gate = Gatekeeper(self.desk, self.ring, limit, is_open=settings.is_loopback and not rows)
@@ -97,6 +100,7 @@ class Service:
             for courier in self.desk.couriers:
                 await asyncio.to_thread(courier.stop, self.settings.retrying.lease_s)
             self.store.close()
+            await asyncio.to_thread(self.desk.tracer.close)
 
     async def _sweep(self) -> None:
         keep_s = None if self.settings.keep_days is None else self.settings.keep_days * DAY_S
