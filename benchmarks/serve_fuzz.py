@@ -22,6 +22,7 @@ VALUES: tuple[Any, ...] = (
     *("", " ", "\x00", "\ud800", "\U0010ffff", "a" * 100_000, "9" * 5000, "<|im_start|>", "'; drop table tokens; --"),
     *([], {}, [[]], [None] * 2000, {"": {}}, [{"role": "user"}], {"\ud83d": 1}, {"role": "user", "content": [1]}),
 )
+KEYS = ("", "\x00", "\ud800", "n", "tools", "messages", "steer", "gate", "a" * 1000)
 HEADERS = (
     *("Content-Length: -1", "Content-Length: 99999999999999999999", "Content-Length: x", "Content-Length: 0"),
     *("Transfer-Encoding: chunked", "Transfer-Encoding: rubbish", "Content-Type: text/xml", "Content-Type: \x00"),
@@ -66,7 +67,8 @@ def well_formed(url: str) -> list[_Request]:
     with httpx.Client(base_url=url, timeout=ANSWER_S) as http:
         schema = http.get("/openapi.json").json()
         heads = http.get("/v1/monitor/heads").json()
-    bodies = _bodies(heads["model"], heads["heads"][0]["metric"])
+        directions = http.get("/v1/steer/directions").json()["directions"]
+    bodies = _bodies(heads["model"], heads["heads"][0]["metric"], directions)
     found = [_Request(*page) for page in PAGES]
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
@@ -75,16 +77,20 @@ def well_formed(url: str) -> list[_Request]:
     return found
 
 
-def _bodies(model: str, metric: str) -> Mapping[str, Sequence[Any]]:
+def _bodies(model: str, metric: str, directions: Sequence[Mapping[str, Any]]) -> Mapping[str, Sequence[Any]]:
     asked: dict[str, Any] = {"model": model, "max_tokens": 4, "seed": 1, "temperature": 0.5, "stop": ["x"]}
     monitor = {"heads": [metric], "tokens": True, "prompt": True, "lookahead": True, "signals": True}
     parts = [{"type": "text", "text": "an answer"}]
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": parts}]
     streamed = {"stream": True, "stream_options": {"include_usage": True}, "monitor": monitor}
     policy = {"policy": {"hold": True, "rules": [{"metric": metric, "threshold": 0.5, "scope": "answer"}]}}
+    gated = {"scope": "generation", "gate": {"metric": metric, "threshold": 0.5}}
+    steer = [{"name": each["name"], "dose": each["dose"] / 2} | gated for each in directions]
+    steered = {"steer": steer} | {"monitor": monitor}
+    ways: list[Any] = [{}, streamed, *([steered, streamed | steered] if steer else [])]
     return {
-        "/v1/chat/completions": [asked | {"messages": turns}, asked | {"messages": turns} | streamed],
-        "/v1/completions": [asked | {"prompt": "a text"}, asked | {"prompt": "a text"} | streamed],
+        "/v1/chat/completions": [asked | {"messages": turns} | way for way in ways],
+        "/v1/completions": [asked | {"prompt": "a text"} | way for way in ways],
         "/v1/monitor/score": [{"texts": [{"text": "a text"}, {"messages": turns}], "heads": [metric]}],
         "/v1/monitor/policy": [policy],
         "/v1/monitor/policy/dry-run": [policy | {"last": 5}],
@@ -110,7 +116,7 @@ def _values(draw: random.Random, host: str, request: _Request) -> Malformed:
             case 0 if len(holder) > 1:
                 del holder[at]
             case 1 if isinstance(holder, dict):
-                holder[draw.choice(["", "\x00", "\ud800", "n", "tools", "messages", "a" * 1000])] = value
+                holder[draw.choice(KEYS)] = value
             case 2 if isinstance(holder, list):
                 holder *= draw.choice([2, 600])
             case _:

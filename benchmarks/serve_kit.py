@@ -21,12 +21,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pilotfish.actions import Policy, Rule
+from pilotfish.core import Site
 from pilotfish.engines import EmbeddedEngine
 from pilotfish.engines.tax import random_bank
-from pilotfish.models import tiny_pair
+from pilotfish.models import Pair, tiny_pair
 from pilotfish.runs import generator
 from pilotfish.server import EmbeddedBackend, Limits, Retrying, ServerSettings, Service, Store, WebhookSink, make_server
+from pilotfish.steering import Direction, DirectionCard
 
 SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo="
 FLAG = Policy(rules=(Rule(metric="random_0", threshold=0.0, scope="answer"),), hold=True)
@@ -39,6 +43,19 @@ def tiny_engine(seed: int) -> EmbeddedEngine:
     return EmbeddedEngine(pair, [random_bank(pair, num_heads=2, num_sites=2, generator=generator(seed, "bank"))])
 
 
+def tiny_directions(pair: Pair) -> list[Direction]:
+    """Two random ones with a dose, of which one is negative."""
+    random, size = torch.Generator().manual_seed(0), pair.target_identity.hidden_size
+    return [
+        Direction(
+            site=Site(1, "resid_post"),
+            vector=torch.randn(size, generator=random),
+            card=DirectionCard(name=name, identity=pair.target_identity, method="imported", notes="random"),
+        ).with_dose(dose, "add")
+        for name, dose in (("up", 2.0), ("down", -2.0))
+    ]
+
+
 def serve_tiny(engine: EmbeddedEngine, store_url: str, hook: str, note: Path) -> None:
     """Serves until it is told to end; `note` holds the URL from when it answers."""
     store = Store(store_url, sinks=["webhook"])
@@ -46,7 +63,8 @@ def serve_tiny(engine: EmbeddedEngine, store_url: str, hook: str, note: Path) ->
     settings = ServerSettings(
         port=0, retrying=retrying, requests_per_minute=1_000_000, limits=Limits(new_tokens=64), send_timeout_s=5.0
     )
-    service = Service(EmbeddedBackend(engine), store, settings, policy=FLAG, sinks=[WebhookSink(hook, SECRET)])
+    backend = EmbeddedBackend(engine, directions=tiny_directions(engine.pair))
+    service = Service(backend, store, settings, policy=FLAG, sinks=[WebhookSink(hook, SECRET)])
 
     def tell(url: str) -> None:
         note.with_suffix(".part").write_text(url)

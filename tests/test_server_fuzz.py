@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from server_kit import running
+from server_kit import serving
 
 from pilotfish.engines import EmbeddedEngine
-from pilotfish.server import Limits
+from pilotfish.server import EmbeddedBackend, Limits, ServerSettings
 
-SMALL = Limits(new_tokens=16)
+SETTINGS = ServerSettings(port=0, limits=Limits(new_tokens=16), requests_per_minute=1_000_000)
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +20,19 @@ def _beside_the_benchmarks(monkeypatch):
 
 def test_no_malformed_request_is_answered_with_a_server_error(pair, bank, tmp_path):
     from serve_fuzz import fuzz, status_to, well_formed
+    from serve_kit import tiny_directions
 
-    with running(EmbeddedEngine(pair, [bank]), tmp_path, limits=SMALL, requests_per_minute=1_000_000) as server:
-        before = [status_to(server.url, request) for request in well_formed(server.url)]
+    backend = EmbeddedBackend(EmbeddedEngine(pair, [bank]), directions=tiny_directions(pair))
+    with serving(backend, tmp_path, SETTINGS) as server:
+        requests = well_formed(server.url)
+        before = [status_to(server.url, request) for request in requests]
+        steered = [status for request, status in zip(requests, before, strict=True) if "steer" in (request.body or {})]
+        assert steered == [200] * 4
         found = fuzz(server.url, 300, seed=0)
         assert found.broken == []
         assert found.statuses[400] > 100
         assert [status_to(server.url, request) for request in well_formed(server.url)] == before
-        assert before.count(200) > 15
+        assert before.count(200) > 20
 
 
 def test_the_fuzz_shows_an_engine_that_fails(pair, bank, tmp_path, monkeypatch):
@@ -36,6 +41,6 @@ def test_the_fuzz_shows_an_engine_that_fails(pair, bank, tmp_path, monkeypatch):
     def fails(*_: object) -> None:
         raise ZeroDivisionError
 
-    with running(EmbeddedEngine(pair, [bank]), tmp_path, limits=SMALL, requests_per_minute=1_000_000) as server:
+    with serving(EmbeddedBackend(EmbeddedEngine(pair, [bank])), tmp_path, SETTINGS) as server:
         monkeypatch.setattr(server.backend, "submit", fails)
         assert fuzz(server.url, 60, seed=0).broken

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -14,10 +16,10 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from server_kit import running
+from server_kit import serving
 
 from pilotfish.engines import EmbeddedEngine
-from pilotfish.server import Limits
+from pilotfish.server import EmbeddedBackend, Limits, ServerSettings
 
 CHECKS = (
     not_a_server_error,
@@ -41,12 +43,16 @@ EXAMPLES = settings(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")  # a thread of the server did
-def test_no_request_breaks_the_server_or_its_schema(pair, bank, tmp_path):
-    limits = Limits(new_tokens=16)
-    with running(EmbeddedEngine(pair, [bank]), tmp_path, limits=limits, requests_per_minute=1_000_000) as server:
+def test_no_request_breaks_the_server_or_its_schema(pair, bank, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from serve_kit import tiny_directions
+
+    backend = EmbeddedBackend(EmbeddedEngine(pair, [bank]), directions=tiny_directions(pair))
+    chosen = ServerSettings(port=0, limits=Limits(new_tokens=16), requests_per_minute=1_000_000)
+    with serving(backend, tmp_path, chosen) as server:
         schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
         operations = [found.ok() for found in schema.get_all_operations()]
-        assert len(operations) >= 14
+        assert len(operations) >= 15
         sent = 0
 
         def holds(case: schemathesis.Case) -> None:
