@@ -40,15 +40,17 @@ def vector(model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
-def test_one_command_takes_pairs_to_a_vector_with_card_figures_and_plot(vector: Path) -> None:
+def test_one_command_takes_pairs_to_a_vector_with_card_figures_and_page(vector: Path) -> None:
     ((_, direction),) = load_directions(vector, identity=None).items()
     assert direction.card.name == "returns" and direction.card.dose
     figures = json.loads((vector / "steering.json").read_text())
     assert figures["dose"] == direction.card.dose and figures["verdict"]
     assert {row["arm"] for row in figures["rows"]} >= {"no steering", "vector", "prompt", "few-shot prompt"}
     assert figures["curve"][0]["dose"] == 0.0
-    drawing = (vector / "dose.svg").read_text()
-    assert drawing.startswith("<svg") and "relative dose" in drawing and "nan" not in drawing
+    assert figures["prompts"].keys() == {"prompt", "few-shot prompt"}
+    assert all(one["behaviour"] is not None for site in figures["sites"] for one in site["curve"])
+    page = (vector / "dose.html").read_text()
+    assert "Effect against damage" in page and figures["verdict"] in page
 
 
 def test_the_table_has_every_arm_and_ends_with_a_verdict(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from pilotfish.cli.steer_verbs import Dosing, Steer, SteerCalibrate, SteerVerify
 from pilotfish.cli.terminal import table
 from pilotfish.core import Message, Site
 from pilotfish.errors import SettingError, TextError
 from pilotfish.models import LoadedModel, Pair, load_model, load_pair
-from pilotfish.reports.dose import dose_curves
-from pilotfish.runs import run_card, write_json, write_text
+from pilotfish.reports.dose import write_dose_page
+from pilotfish.runs import run_card, write_json
 from pilotfish.scores import Estimate
 from pilotfish.steering import (
     Arm,
     Budget,
     CalibrationConfig,
+    Candidate,
     Decoding,
     Direction,
     ExtractConfig,
@@ -37,7 +39,7 @@ from pilotfish.texts import encode, read_contrasts, render
 from pilotfish.texts.conversations import read_bytes
 
 FIGURES_FILE = "steering.json"
-PLOT_FILE = "dose.svg"
+PAGE_FILE = "dose.html"
 
 
 def run(config: Steer) -> int:
@@ -59,7 +61,7 @@ def run(config: Steer) -> int:
     save_directions(config.out, {found.direction.site: found.direction})
     _write_figures(config, found)
     _print_steered(found)
-    print(f"\nThe vector with its dose: {config.out}; figures in {FIGURES_FILE}, curves in {PLOT_FILE}.")
+    print(f"\nThe vector with its dose: {config.out}; figures in {FIGURES_FILE}, curves in {PAGE_FILE}.")
     print(f"To see that it acts on this machine: pilotfish steer verify {config.out} --model {config.model}")
     return 0
 
@@ -157,33 +159,40 @@ def _ids(model: LoadedModel | Pair, prompt: str) -> list[int]:
 
 
 def _write_figures(config: Steer, found: Steered) -> None:
-    by_site = {
-        str(one.calibration.steering.directions[0].site): [(one.calibration.meters.kl_mean, one.effect)]
-        for one in found.candidates
-    }
-    plot = dose_curves(found.calibration.curve, by_site, title=found.direction.card.name, effect="margin, nats")
-    write_text(config.out / PLOT_FILE, plot)
     settings = {key: str(value) for key, value in asdict(config).items()}
-    write_json(
-        config.out / FIGURES_FILE,
-        {
-            "site": str(found.direction.site),
-            "kind": config.kind,
-            "dose": found.calibration.dose,
-            "budget": str(found.calibration.budget),
-            "budget_not_spent_for": found.calibration.reason,
-            "curve": [asdict(one) for one in found.calibration.curve],
-            "sites": [{"site": site, "kl_mean": kl, "effect": effect} for site, [(kl, effect)] in by_site.items()],
-            "rows": [
-                {"arm": row.arm, "measure": row.measure, "value": row.value._asdict()}
-                | ({"change": row.change._asdict()} if row.change else {})
-                for row in found.rows
-            ],
-            "damage": {name: answered.damage for name, answered in found.answers.items()},
-            "verdict": found.verdict.sentence,
-            "card": run_card("pilotfish steer", settings, config.seed),
-        },
-    )
+    figures = {
+        "name": found.direction.card.name,
+        "model": found.direction.card.identity.name,
+        "site": str(found.direction.site),
+        "kind": config.kind,
+        "dose": found.calibration.dose,
+        "budget": str(found.calibration.budget),
+        "budget_not_spent_for": found.calibration.reason,
+        "measure": MARGIN,
+        "curve": [asdict(one) for one in found.calibration.curve],
+        "sites": [_site_figures(one) for one in found.candidates],
+        "prompts": found.by_prompt,
+        "rows": [
+            {"arm": row.arm, "measure": row.measure, "value": row.value._asdict()}
+            | ({"change": row.change._asdict()} if row.change else {})
+            for row in found.rows
+        ],
+        "damage": {name: answered.damage for name, answered in found.answers.items()},
+        "verdict": found.verdict.sentence,
+        "card": run_card("pilotfish steer", settings, config.seed),
+    }
+    write_json(config.out / FIGURES_FILE, figures)
+    write_dose_page(config.out / PAGE_FILE, figures)
+
+
+def _site_figures(candidate: Candidate) -> dict[str, Any]:
+    calibration = candidate.calibration
+    return {
+        "site": str(calibration.steering.directions[0].site),
+        "kl_mean": calibration.meters.kl_mean,
+        "effect": candidate.effect,
+        "curve": [asdict(one) for one in calibration.curve],
+    }
 
 
 def _print_steered(found: Steered) -> None:

@@ -100,23 +100,31 @@ class _Scale(NamedTuple):
 
     @classmethod
     def over(cls, numbers: Sequence[float], limit: float | None, start: int, end: int) -> _Scale:
-        held = [*numbers, *([] if limit is None else [limit])]
-        span = max(max(held) - min(held), 1e-3)
-        rough = span / 5
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(times * power for times in (1, 2, 5, 10) if times * power >= rough * 0.999)
-        low, high = math.floor(min(held) / step) * step, math.ceil(max(held) / step) * step
-        return cls(low, high if high > low else low + step, start, end, step)
+        low, high, step = round_scale([*numbers, *([] if limit is None else [limit])])
+        return cls(low, high, start, end, step)
 
     def at(self, number: float) -> float:
         return round(self.start + (number - self.low) / (self.high - self.low) * (self.end - self.start), 1)
 
     def ticks(self) -> list[tuple[float, str]]:
         """Pixels and words."""
-        decimals = max(0, -math.floor(math.log10(self.step)))
-        count = round((self.high - self.low) / self.step)
-        values = [self.low + index * self.step for index in range(count + 1)]
-        return [(self.at(value), f"{value + 0.0:.{decimals}f}".replace("-", "\N{MINUS SIGN}")) for value in values]
+        return [(self.at(value), words) for value, words in round_ticks(self.low, self.high, self.step)]
+
+
+def round_scale(numbers: Sequence[float]) -> tuple[float, float, float]:
+    """Ends that hold all numbers, and the step of about five ticks between them: 1, 2 or 5 times a power of ten."""
+    rough = max(max(numbers) - min(numbers), 1e-3) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(times * power for times in (1, 2, 5, 10) if times * power >= rough * 0.999)
+    low, high = math.floor(min(numbers) / step) * step, math.ceil(max(numbers) / step) * step
+    return low, high if high > low else low + step, step
+
+
+def round_ticks(low: float, high: float, step: float) -> list[tuple[float, str]]:
+    """Values of a scale, and their words."""
+    decimals = max(0, -math.floor(math.log10(step)))
+    values = [low + index * step for index in range(round((high - low) / step) + 1)]
+    return [(value, f"{value + 0.0:.{decimals}f}".replace("-", "\N{MINUS SIGN}")) for value in values]
 
 
 def _grid(across: _Scale, up: _Scale) -> list[str]:

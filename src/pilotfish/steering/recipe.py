@@ -84,9 +84,11 @@ class Steered(NamedTuple):
     direction: Direction
     """At the best site, its dose and kind on its card."""
     calibration: Calibration
-    """Of that direction; its curve has the mean margin of the choosing contrasts as behaviour."""
+    """Of that direction; here and below a curve has the mean margin of the choosing contrasts as behaviour."""
     candidates: tuple[Candidate, ...]
     """Every site that was tried, best first."""
+    by_prompt: dict[str, float]
+    """That margin under each prompt, by the name of its arm."""
     rows: tuple[Row, ...]
     """All arms on the contrasts put aside: their margins, and the probability that goes with each."""
     answers: dict[str, Answered]
@@ -114,16 +116,15 @@ def steer(contrasts: Sequence[Contrast], loaded: LoadedModel, *, config: RecipeC
     def effect(edits: Sequence[Edit], _: object = None) -> float:
         return float(margins(loaded, Arm(name="choosing", edits=tuple(edits)), parts["choose"]).mean())
 
-    def finely(site: Site) -> Calibration:
-        return _calibrated(read[site], prompts, loaded, config, behaviour=effect)
+    def calibrated(site: Site, tolerance: float = 0.05) -> Calibration:
+        return _calibrated(read[site], prompts, loaded, config, tolerance=tolerance, behaviour=effect)
 
     if len(sites) == 1:
-        ranked = best([finely(sites[0])], effect, loaded.model)
+        ranked = best([calibrated(sites[0])], effect, loaded.model)
         final = ranked[0].calibration
     else:
-        found = [_calibrated(read[site], prompts, loaded, config, tolerance=0.15) for site in sites]
-        ranked = best(found, effect, loaded.model)
-        final = finely(_site(ranked[0].calibration))
+        ranked = best([calibrated(site, 0.15) for site in sites], effect, loaded.model)
+        final = calibrated(_site(ranked[0].calibration))
     site = _site(final)
     mixed = shuffled(parts["train"], generator=generator(config.seed, "shuffled labels"))
     nulls = {
@@ -135,7 +136,8 @@ def steer(contrasts: Sequence[Contrast], loaded: LoadedModel, *, config: RecipeC
     for name, null in nulls.items():
         calibrated = _calibrated(null, prompts, loaded, config, first=near)
         arms.append(Arm(name=name, edits=calibrated.edits(loaded.model)))
-    return _judged(loaded, parts["test"], arms, (ranked, final), config)
+    by_prompt = {arm.name: float(margins(loaded, arm, parts["choose"]).mean()) for arm in shown}
+    return _judged(loaded, parts["test"], arms, (ranked, final, by_prompt), config)
 
 
 def divided(contrasts: Sequence[Contrast], *, seed: int) -> dict[str, list[Contrast]]:
@@ -164,10 +166,10 @@ def _judged(
     loaded: LoadedModel,
     test: Sequence[Contrast],
     arms: Sequence[Arm],
-    chosen: tuple[list[Candidate], Calibration],
+    chosen: tuple[list[Candidate], Calibration, dict[str, float]],
     config: RecipeConfig,
 ) -> Steered:
-    ranked, final = chosen
+    ranked, final, by_prompt = chosen
     measured: dict[str, Float[Tensor, " item"]] = {}
 
     def margin(arm: Arm) -> Float[Tensor, " item"]:
@@ -186,7 +188,7 @@ def _judged(
         for arm in (arms if asked else ())
     }
     direction = final.steering.directions[0].with_dose(final.dose, config.kind)
-    return Steered(direction, final, tuple(ranked), tuple(rows), answers, verdict, tuple(arms))
+    return Steered(direction, final, tuple(ranked), by_prompt, tuple(rows), answers, verdict, tuple(arms))
 
 
 def _calibrated(
