@@ -51,11 +51,11 @@ def rows_of_pass(
         last: Of each request the last row that counts; what follows it was rejected.
     """
     index = torch.arange(len(positions), device=positions.device, dtype=starts.dtype)
-    request = torch.searchsorted(starts[1:], index, right=True).clamp_max(len(starts) - 2)
+    request = torch.searchsorted(starts[1:-1], index, right=True)
     slots = slots.long()
     if last is not None:
-        slots = torch.where(index > last[request], -1, slots)
-    return Rows(request, positions + shift, tokens, slots)
+        slots = slots.masked_fill(index > last.index_select(0, request), -1)
+    return Rows(request, positions + shift if shift else positions, tokens, slots)
 
 
 def rows_of_cached(requests: Sequence[int], lengths: Sequence[int], *, shift: int, device: torch.device) -> Rows:
@@ -77,10 +77,12 @@ def places(
     shift: int,
 ) -> Places:
     """Where the channels of each row's last `window` tokens are. An answer's do not reach back into its prompt."""
-    back = torch.arange(window - 1, -1, -1, device=rows.position.device)
-    held = rows.position[:, None] - (back + shift)
-    prompt = num_prompt_tokens[rows.request]
-    first = (prompt * (rows.position >= prompt)).clamp_min(shift) - shift
-    column = held.div(block_size, rounding_mode="floor").clamp_max(blocks.shape[1] - 1)
-    slot = blocks[rows.request[:, None], column] * block_size + held.remainder(block_size)
-    return Places(slot, held >= first[:, None])
+    position = rows.position[:, None]
+    held = position - torch.arange(shift + window - 1, shift - 1, -1, device=position.device)
+    prompt = num_prompt_tokens.index_select(0, rows.request)[:, None]
+    first = prompt * (position >= prompt)
+    if shift:
+        first = first.clamp_min(shift) - shift
+    column = held.div(block_size, rounding_mode="floor").clamp_(0, blocks.shape[1] - 1)
+    block = blocks[rows.request[:, None], column]
+    return Places(held.remainder(block_size).add_(block, alpha=block_size), held >= first)

@@ -66,9 +66,9 @@ class Scorer:
         )
         kept = self._cache.read(where.slot)
         scores = self.bank.score_windows(kept.channels, where.is_known)
-        owner = torch.where(rows.slot < 0, -1, rows.request)
-        keys = torch.stack([owner, rows.position], dim=1).float()
-        return torch.cat([keys, kept.token[:, None], scores.tokens, scores.running], dim=1)
+        owner = rows.request.masked_fill(rows.slot < 0, -1)
+        keys = torch.stack([owner, rows.position], dim=1)
+        return torch.cat([keys.float(), kept.token[:, None], scores.tokens, scores.running], dim=1)
 
     def forget(self, slots: Int[Tensor, " row"]) -> None:
         """Tokens took these slots and are not scored."""
