@@ -1,13 +1,15 @@
-"""What the server costs over its engine, whether a kill loses alerts, and what minutes of abuse do to it.
+"""What the server costs over its engine, a proxy's reader beside another's; whether a kill loses alerts; and abuse.
 
-    python benchmarks/serve.py [--quick] [--seed 0] [--json PATH] [--parts overheads kills soak fuzz]
-                               [--pair demo:qwen-coder] [--kills 50] [--minutes 30] [--requests 10000]
+    python benchmarks/serve.py [--quick] [--seed 0] [--json PATH] [--parts overheads proxy kills soak fuzz]
+                               [--pair demo:qwen-coder] [--reader demo:smollm2] [--pairs 20] [--tokens 48]
+                               [--kills 50] [--minutes 30] [--requests 10000]
 
 Overhead: the same prompts, greedy, to the same number of tokens, through the engine alone and through the server, in
-turn; a client in a process of its own. Kills: a server with a tiny pair under load is ended by SIGKILL at random
-moments, on SQLite and, where it is installed, on PostgreSQL. Soak: eight streams whose clients finish, leave, stall or
-send rubbish. Fuzz: malformed requests to all routes. Takes about 80 minutes on two cores, `--quick` about two minutes
-(the small demo model, three kills, a soak of 20 s, 500 requests).
+turn; a client in a process of its own. Proxy: what reading the target's texts costs, which come a token at a time, as
+fast as it gave them, from an upstream in a process of its own. Kills: a server with a tiny pair under load is ended by
+SIGKILL at random moments, on SQLite and, where it is installed, on PostgreSQL. Soak: eight streams whose clients
+finish, leave, stall or send rubbish. Fuzz: malformed requests to all routes. Takes about two hours on two cores,
+`--quick` about two minutes (the small demo model, three kills, a soak of 20 s, 500 requests).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import httpx
 import torch
 from serve_fuzz import fuzz, status_to, well_formed
 from serve_kit import hook_server, none_wanted, serve_tiny, tiny_engine, tiny_server
+from serve_proxy import proxy_part
 from serve_soak import soak
 from shown import targets_table
 
@@ -43,12 +46,13 @@ from pilotfish.models import load_pair
 from pilotfish.runs import generator, run_card, write_json
 from pilotfish.server import EmbeddedBackend, ServerSettings, Service, Store, make_server
 
-PARTS = ("overheads", "kills", "soak", "fuzz")
+PARTS = ("overheads", "proxy", "kills", "soak", "fuzz")
 STREAMS = (1, 8)
 PROMPTS = (*CODE_PROMPTS, *PROSE_PROMPTS)
 SEEN_S = 30.0
 FULL: Mapping[str, Any] = {
     "pair": "demo:qwen-coder",
+    "reader": "demo:smollm2",
     "num_pairs": 20,
     "num_tokens": 48,
     "kills": 50,
@@ -57,6 +61,7 @@ FULL: Mapping[str, Any] = {
 }
 QUICK: Mapping[str, Any] = {
     "pair": "demo:smollm2",
+    "reader": "demo:smollm2",
     "num_pairs": 4,
     "num_tokens": 24,
     "kills": 3,
@@ -72,6 +77,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--pair")
+    parser.add_argument("--reader")
+    parser.add_argument("--pairs", type=int, dest="num_pairs", help="repetitions of each arm of overheads and proxy")
+    parser.add_argument("--tokens", type=int, dest="num_tokens", help="of each answer there")
     parser.add_argument("--kills", type=int)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--requests", type=int)
@@ -85,7 +93,7 @@ def main() -> None:
     chosen = {name: getattr(args, name, None) or value for name, value in usual.items()}
     found: dict[str, Any] = {"targets": []}
     # First the kills: their servers are forked, which wants a process without threads.
-    for part in (part for part in ("kills", "soak", "fuzz", "overheads") if part in args.parts):
+    for part in (part for part in ("kills", "soak", "fuzz", "overheads", "proxy") if part in args.parts):
         found[part] = _RUN[part](chosen, args.seed)
         found["targets"] += found[part].pop("targets")
         if "table" in found[part]:
@@ -93,7 +101,8 @@ def main() -> None:
     if args.json is not None:
         settings = {"quick": args.quick, "parts": list(args.parts), **chosen}
         write_json(args.json, {**found, "card": run_card("benchmarks/serve.py", settings, args.seed)})
-    print(targets_table(found["targets"]))
+    if found["targets"]:
+        print(targets_table(found["targets"]))
 
 
 # Overhead.
@@ -337,6 +346,7 @@ _RUN: Mapping[str, Callable[[Mapping[str, Any], int], dict[str, Any]]] = {
     "soak": lambda chosen, seed: soak(chosen["minutes"], seed),
     "fuzz": _fuzz_part,
     "overheads": _overhead_part,
+    "proxy": proxy_part,
 }
 
 
