@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 
 import openai
@@ -21,8 +22,9 @@ from pilotfish.server import EmbeddedBackend, ServerSettings
 from pilotfish.server.access import ApiError
 from pilotfish.server.steer_routes import checked
 from pilotfish.server.steer_schemas import GateIn, SteerIn
+from pilotfish.server.steering import AllowList
 from pilotfish.steering import Direction, DirectionCard, save_directions
-from pilotfish.taps import Ablate, Add, Edit, When
+from pilotfish.taps import Ablate, Add, Edit, When, edited
 
 MID, LATE = Site(1, "resid_post"), Site(2, "resid_post")
 PROMPT = "hello"
@@ -215,6 +217,62 @@ def test_rules_of_the_server_hold_beside_a_clients_gate(engine, served, tmp_path
             reply = ask(client, engine, {"name": "cheerful", "gate": {"metric": "wide", "threshold": 0.0}})
         assert [alert["action"] for alert in server.store.alerts(limit=10)] == ["flag"]
         assert reply.choices[0].monitor["heads"]["wide"]["flagged"] is True
+
+
+# `pilotfish steer verify --server`.
+
+
+def verified(capsys, server, *given) -> tuple[int, str]:
+    code = main(["steer", "verify", *map(str, given), "--server", server.url, "--prompt", PROMPT, "--num-tokens", "12"])
+    done = capsys.readouterr()
+    return code, done.out + done.err
+
+
+def test_verify_asks_a_server_whether_every_direction_acts_and_on_nobody_else(server, capsys):
+    code, said = verified(capsys, server)
+    assert (code, said.count("  ok  "), said.count("FAIL")) == (0, 12, 0)
+    assert "flat at 1.resid_post, ablate with dose 2, on http://127.0.0.1" in said
+    assert "it is on for every token, as asked: 12 of 12 tokens" in said
+    assert "requests at the same time are untouched: beside 3 steered ones: the same" in said
+
+
+def test_verify_holds_a_server_to_the_very_vectors_of_a_folder(pair, served, server, tmp_path, capsys):
+    code, said = verified(
+        capsys, server, save_directions(tmp_path / "served", {LATE: served[1]}), "--phase", "generation"
+    )
+    assert (code, said.count("  ok  ")) == (0, 4)
+    code, said = verified(capsys, server, save_directions(tmp_path / "other", {MID: direction(pair, seed=9)}))
+    assert code == 1
+    assert "FAIL  the server has this vector: cheerful at 1.resid_post" in said
+
+
+def test_verify_notices_a_server_that_steers_nobody_and_one_that_steers_everybody(served, server, capsys, monkeypatch):
+    monkeypatch.setattr(AllowList, "edits", lambda _, steering, model: {each.name: () for each in steering})
+    code, said = verified(capsys, server)
+    assert code == 1
+    assert said.count("FAIL  the vector changes the answer: the same") == 3
+    monkeypatch.undo()
+    target = server.backend._engine.pair.target
+    leak = Edit(MID, Add(served[0].vector, 6.0))
+    monkeypatch.setattr(
+        AllowList, "edits", lambda _, steering, model: leaking.enter_context(edited(target, [leak])) or {}
+    )
+    with ExitStack() as leaking:
+        code, said = verified(capsys, server)
+    assert code == 1 and "FAIL  dose 0 changes nothing" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--server", "http://127.0.0.1:1"], "http://127.0.0.1:1 does not answer"),
+        (["--server", "http://127.0.0.1:1", "--kind", "add"], "a server does what the card says; leave --kind out"),
+        ([], "nothing to verify; give the folder of directions, or a --server"),
+    ],
+)
+def test_verify_says_what_it_cannot_do(given, words, capsys):
+    assert main(["steer", "verify", *given]) == 1
+    assert words in capsys.readouterr().err
 
 
 # Refusals.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from pilotfish.cli.serve import missing_extra
 from pilotfish.cli.steer_verbs import Dosing, Steer, SteerCalibrate, SteerVerify
 from pilotfish.cli.terminal import table
 from pilotfish.core import Message, Site
@@ -18,6 +23,7 @@ from pilotfish.steering import (
     Budget,
     CalibrationConfig,
     Candidate,
+    Check,
     Decoding,
     Direction,
     ExtractConfig,
@@ -103,6 +109,10 @@ def run_calibrate(config: SteerCalibrate) -> int:
 
 
 def run_verify(config: SteerVerify) -> int:
+    if config.server is not None:
+        return _verify_server(config, config.server)
+    if config.vector is None:
+        raise SettingError("there is nothing to verify; give the folder of directions, or a --server that has some")
     loaded = load_model(config.model, device=config.device, dtype=config.dtype)
     prompt = _ids(loaded, config.prompt)
     passed = True
@@ -110,10 +120,45 @@ def run_verify(config: SteerVerify) -> int:
         dose, kind = _dosed(config, direction)
         steering = Steering(directions=(direction,), kind=kind, when=When(phase=config.phase))
         print(f"{direction.card.name} at {site}, {kind} with dose {dose:.4g}")
-        for check in verify(loaded.model, steering, dose, prompt, num_tokens=config.num_tokens):
-            print(f"  {'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}")
-            passed = passed and check.passed
+        passed &= _print_checks(verify(loaded.model, steering, dose, prompt, num_tokens=config.num_tokens))
     return 0 if passed else 1
+
+
+def _verify_server(config: SteerVerify, url: str) -> int:
+    try:
+        from pilotfish.cli.steer_server import SteeringServer, verify_served
+    except ModuleNotFoundError as error:
+        raise missing_extra("serve", error) from error
+    if config.kind is not None:
+        raise SettingError("a server does what the card says; leave --kind out")
+    passed = True
+    with closing(SteeringServer(url, key=os.environ.get(config.key_env, ""), num_tokens=config.num_tokens)) as server:
+        served = server.served["directions"]
+        if config.vector is not None:
+            mine = {one.sha256: f"{one.card.name} at {one.site}" for one in _loaded(config.vector)}
+            for sha256 in mine.keys() - {one["sha256"] for one in served}:
+                passed &= _print_checks([Check("the server has this vector", False, mine[sha256])])
+            served = [one for one in served if one["sha256"] in mine]
+        elif not served:
+            raise SettingError(f"{url} serves no directions; start it with --directions FOLDER")
+        for one in served:
+            dose = one["dose"] if config.dose is None else config.dose
+            print(f"{one['name']} at {one['site']}, {one['card']['kind']} with dose {dose:.4g}, on {url}")
+            passed &= _print_checks(verify_served(server, one, config.prompt, dose=dose, scope=config.phase))
+    return 0 if passed else 1
+
+
+def _loaded(folder: Path) -> Iterable[Direction]:
+    return load_directions(folder, identity=None).values()
+
+
+def _print_checks(checks: Iterable[Check]) -> bool:
+    """Whether all passed."""
+    passed = True
+    for check in checks:
+        print(f"  {'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}")
+        passed = passed and check.passed
+    return passed
 
 
 def _dosed(config: SteerVerify, direction: Direction) -> tuple[float, Kind]:

@@ -84,10 +84,14 @@ class SteerCalibrate(Dosing):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SteerVerify:
-    """Checks on this machine that a vector does what it says, to every token and to no other (also: `steer verify`)."""
+    """Checks, here or on a server, that a vector acts on its tokens and on no others (also: `steer verify`)."""
 
-    vector: Annotated[Path, tyro.conf.Positional]
-    """Folder of directions."""
+    vector: Annotated[Path | None, tyro.conf.Positional] = None
+    """Folder of directions; with a server all that it serves by default."""
+    server: str | None = None
+    """URL of a running `pilotfish serve --directions`: checks the answers that it gives instead of a model here."""
+    key_env: str = "PILOTFISH_KEY"
+    """NAME of the environment variable with the server's API key; where it is not set, none is sent."""
     model: str = "demo:qwen-coder-0.5b"
     """The model that they were made for."""
     dose: float | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -96,6 +95,6 @@ def _info(name: str, direction: Direction, max_dose: float) -> DirectionInfo:
         site=str(direction.site),
         dose=dose,
         max_dose=dose * max_dose,
-        sha256=hashlib.sha256(direction.vector.contiguous().cpu().numpy().tobytes()).hexdigest(),
+        sha256=direction.sha256,
         card=asdict(direction.card),
     )

@@ -68,7 +68,7 @@ class DirectionCard:
         Raises:
             ArtefactError: a key is unknown or missing, or a value is of another kind.
         """
-        values = _checked(cls, {"kind": "add"} | raw if isinstance(raw, Mapping) else raw, where)
+        values = _checked(cls, {"kind": "add", **raw} if isinstance(raw, Mapping) else raw, where)
         values["identity"] = Identity(**_checked(Identity, values["identity"], where))
         values["data"] = PairsCard(**_checked(PairsCard, values["data"], where))
         operands = values["provenance"] if isinstance(values["provenance"], list) else [values["provenance"]]

@@ -54,6 +54,11 @@ class Direction:
         """Length in the units of the activations."""
         return float(self.vector.double().norm())
 
+    @property
+    def sha256(self) -> str:
+        """Of the vector's bytes."""
+        return hashlib.sha256(self.vector.contiguous().cpu().numpy().tobytes()).hexdigest()
+
     def __add__(self, other: Direction) -> Direction:
         return _sum([(1.0, self), (1.0, other)])
 
@@ -190,8 +195,7 @@ class Direction:
         return self.norm
 
     def _operands(self) -> tuple[Operand, ...]:
-        digest = hashlib.sha256(self.vector.contiguous().cpu().numpy().tobytes()).hexdigest()
-        return self.card.provenance or (Operand(weight=1.0, name=self.card.name, sha256=digest),)
+        return self.card.provenance or (Operand(weight=1.0, name=self.card.name, sha256=self.sha256),)
 
 
 def op_of(kind: Kind, vector: Float[Tensor, " hidden"], dose: float) -> Op:

@@ -134,8 +134,8 @@ def steer(contrasts: Sequence[Contrast], loaded: LoadedModel, *, config: RecipeC
     arms = [Arm(name=NO_STEERING), Arm(name="vector", edits=final.edits(loaded.model)), *shown]
     near = min(max(final.meters.relative, FIRST_RELATIVE), 1.0)  # nulls cost about what the vector does
     for name, null in nulls.items():
-        calibrated = _calibrated(null, prompts, loaded, config, first=near)
-        arms.append(Arm(name=name, edits=calibrated.edits(loaded.model)))
+        dosed = _calibrated(null, prompts, loaded, config, first=near)
+        arms.append(Arm(name=name, edits=dosed.edits(loaded.model)))
     by_prompt = {arm.name: float(margins(loaded, arm, parts["choose"]).mean()) for arm in shown}
     return _judged(loaded, parts["test"], arms, (ranked, final, by_prompt), config)
 
