@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pilotfish.actions import Policy
-from pilotfish.engines import Drafting, EmbeddedEngine, Request, Sampling
+from pilotfish.actions import Policy, Rule
+from pilotfish.core import Site
+from pilotfish.engines import Drafting, EmbeddedEngine, Request, Sampling, TokenEvent
 from pilotfish.heads import shipped_banks
 from pilotfish.models import Pair, load_model, load_pair
 from pilotfish.scores import score_tokens
+from pilotfish.taps import Add, Edit
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +83,79 @@ def distance(generation, bank, model) -> float:
 def test_online_scores_are_those_of_one_offline_pass_up_to_bfloat16(real, engine, generation):
     bank = engine.banks["draft"]
     assert distance(generation, bank, real.draft) <= BF16_BOUND
+
+
+# What each action promises. A gate that is up for about a third of the free answer's tokens.
+
+
+def gated(real, engine, generation, action, **options):
+    """The events and the generation under the action, and which of its tokens are at the threshold."""
+    running = sorted(token.scores["insecure_code"].running for token in generation.committed)
+    threshold = running[-NUM_TOKENS // 3]
+    push = Add(torch.ones(real.target.config.hidden_size, dtype=real.target.dtype), 0.0)
+    armed = EmbeddedEngine(
+        real, list(engine.banks.values()), edits={"push": [Edit(Site(14, "resid_post"), push)]}, judge=lambda *_: 0.0
+    )
+    rule = Rule(metric="insecure_code", action=action, scope="answer", threshold=threshold, **options)
+    stream = armed.stream(PROMPT, Request(max_new_tokens=NUM_TOKENS, policy=Policy(rules=(rule,))))
+    events = [event.token for event in stream if isinstance(event, TokenEvent)]
+    over = [token.scores["insecure_code"].running >= threshold for token in stream.generation.committed]
+    return events, stream.generation, over
+
+
+def ids_of(generation):
+    return [token.id for token in generation.committed]
+
+
+@pytest.mark.parametrize(
+    ("action", "options"), [("flag", {}), ("steer", {"edit": "push"}), ("escalate", {"every": 99})]
+)
+def test_flags_a_dose_of_0_and_a_judge_that_consents_change_no_token(real, engine, generation, action, options):
+    _, found, over = gated(real, engine, generation, action, **options)
+    assert ids_of(found) == ids_of(generation)
+    assert 0 < sum(over) < len(over)
+    assert {verdict.action for verdict in found.verdicts} == {action}
+    if action == "flag":
+        assert [verdict.position for verdict in found.verdicts] == [
+            token.position for token, is_over in zip(found.committed, over, strict=True) if is_over
+        ]
+
+
+def test_a_stop_lets_nothing_out_from_the_threshold_on(real, engine, generation):
+    events, found, over = gated(real, engine, generation, "stop")
+    assert found.finish_reason == "content_filter"
+    assert [token.position for token in events] == [token.position for token in found.committed[: over.index(True)]]
+    assert "".join(token.delta for token in events) == found.answer
+    assert generation.answer.startswith(found.answer)
+
+
+def test_a_redaction_hides_the_tokens_and_keeps_the_context(real, engine, generation):
+    _, found, over = gated(real, engine, generation, "redact")
+    assert ids_of(found) == ids_of(generation)
+    assert [token.is_redacted for token in found.committed] == over
+    assert "[redacted]" in found.answer
+
+
+def test_a_token_that_was_taken_back_does_not_come_again(real, engine, generation):
+    _, found, over = gated(real, engine, generation, "resample", tries=3)
+    assert found.attempts
+    assert not any(is_over for token, is_over in zip(found.committed, over, strict=True) if token.is_emitted)
+    for attempt in found.attempts:
+        later = [each for each in found.attempts if each.start == attempt.start and each is not attempt]
+        assert all(each.ids[0] != attempt.ids[0] for each in later)
+
+
+def test_deferred_tokens_are_the_drafts_own_choice(real, engine, generation):
+    _, found, over = gated(real, engine, generation, "defer")
+    deferred = [token for token in found.committed if token.is_deferred]
+    assert deferred
+    assert all(token.is_deferred or not is_over for token, is_over in zip(found.committed, over, strict=True))
+    ids = [token.id for token in found.tokens]
+    with torch.inference_mode():
+        logits = real.draft(torch.tensor([ids]), use_cache=False).logits[0].float()
+    for token in deferred:
+        row = logits[token.position - 1]
+        assert row.max() - row[token.id] <= TIE
 
 
 def test_in_float32_online_scores_are_those_of_one_offline_pass_to_five_digits():
