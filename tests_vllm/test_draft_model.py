@@ -206,6 +206,49 @@ def test_a_stop_on_score_lets_nothing_of_the_offending_token_out(models, draftin
     assert withheld.scores["last"].running == pytest.approx(float(scores[at]), abs=1e-4)
 
 
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("num_surplus", [0, 1])
+def test_a_stop_string_that_completes_in_the_step_of_a_stop_on_score_ends_the_answer(drafting, num_surplus, include):
+    """An answer ends at its stop string; the offending token comes after that, and nothing is said of it."""
+    prompt, whole, end, stop, threshold = _stop_string_before_a_stop(drafting, num_surplus)
+    rule = Rule(metric="last", action="stop", threshold=threshold, scope="answer")
+    with policy(drafting, rule):
+        ((alone,),) = generate(drafting, [prompt], max_tokens=24)
+        ((cut,),) = generate(drafting, [prompt], max_tokens=24, stop=[stop], include_stop_str_in_output=include)
+    assert len(alone.token_ids) == end + num_surplus and alone.stop_reason == "monitor:last"
+    upto = whole.text[: whole.text.index(stop)]
+    assert cut.text == (upto + stop if include else upto) and cut.stop_reason == stop
+    record = finished(cut)
+    assert record.generation.answer.startswith(upto) and not record.stopped_by and not record.generation.verdicts
+    assert [token.id for token in record.generation.committed] == list(cut.token_ids) == list(whole.token_ids)[:end]
+    assert record.counts == {"": len(record.generation.tokens)}
+
+
+def _stop_string_before_a_stop(drafting, num_surplus):
+    """Of an answer two or more of whose tokens come in one step: a stop string that the first of them completes, and a
+    threshold that a later one is the first to reach, with so many tokens between.
+    """
+    prompts = [TEXT[begin:] for begin in range(0, 60, 3)]
+    for prompt, (whole,) in zip(prompts, generate(drafting, prompts, max_tokens=24), strict=True):
+        record = finished(whole)
+        tokens, scores = record.generation.committed, running(record)[record.generation.num_prompt_tokens :, 3]
+        for end in range(1, len(tokens) - 1 - num_surplus):
+            at = end + num_surplus
+            upto = "".join(token.text for token in tokens[:end])
+            stops = [upto[-size:] for size in range(1, 9) if whole.text.find(upto[-size:]) == len(upto) - size]
+            is_one_step = tokens[end - 1].round == tokens[at].round
+            is_whole = "\ufffd" not in upto  # a character whose bytes are still coming
+            if (
+                is_one_step
+                and is_whole
+                and stops
+                and scores[at] > scores[:at].max() + 2e-3
+                and whole.text.startswith(upto)
+            ):
+                return prompt, whole, end, stops[0], float(scores[at]) - 1e-3
+    raise AssertionError("no answer has such a step")
+
+
 def test_a_prompt_that_breaks_a_rule_gets_no_answer(drafting):
     rule = Rule(metric="last", action="stop", threshold=0.0, scope="prompt")
     with policy(drafting, rule):

@@ -7,6 +7,7 @@ no table that an abort could leave something in.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 from pilotfish.errors import EngineFailed
@@ -20,6 +21,7 @@ from pilotfish.vllm.wire import KEY, News
 def install() -> None:
     """Wraps what makes answers of tokens; `serving` tells clients of them."""
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
@@ -27,6 +29,17 @@ def install() -> None:
     wrapped(LLMEngine, "__init__", _knowing)
     wrapped(OutputProcessor, "process_outputs", _listening)
     wrapped(RequestState, "_new_completion_output", _carrying)
+    wrapped(BaseIncrementalDetokenizer, "update", _reading_to_the_end)
+
+
+@dataclass(slots=True)
+class _Ending:
+    """How a step's tokens may end an answer."""
+
+    is_cut: bool
+    """Whether they were cut before the token that a rule stops."""
+    stop_string: str | None = None
+    """The client's own that they have completed."""
 
 
 def record_of(completion: Any) -> Record | None:
@@ -58,16 +71,31 @@ def _listening(process: Any) -> Any:
                 _check_silence(output)
                 continue
             news = News.unpacked(said)
-            if news.stops:
-                # vLLM hides the text of the token that ends an answer; this one has not even come here
-                state.detokenizer.include_stop_str_in_output = True
-            heard.append((_record(self, state), news, output))
+            ending = _Ending(news.stops)
+            setattr(state.detokenizer, KEY, ending)
+            heard.append((_record(self, state), news, output, ending))
         done = process(self, engine_core_outputs, *args, **kwargs)
-        for record, news, output in heard:
+        for record, news, output, ending in heard:
+            if ending.stop_string:  # the offending token comes after the answer's end, like vLLM's surplus tokens
+                news.withheld = []
             record.add(news, output.new_token_ids)
         return done
 
     return process_outputs
+
+
+def _reading_to_the_end(update: Any) -> Any:
+    """vLLM hides the text of the token that ends an answer; the one of a stop on score has not even come here."""
+
+    @functools.wraps(update)
+    def read(self: Any, new_token_ids: list[int], stop_terminated: bool) -> str | None:
+        ending: _Ending | None = getattr(self, KEY, None)
+        if ending is None:
+            return update(self, new_token_ids, stop_terminated)  # type: ignore[no-any-return]  # vLLM's
+        ending.stop_string = update(self, new_token_ids, stop_terminated and not ending.is_cut)
+        return ending.stop_string
+
+    return read
 
 
 def _check_silence(output: Any) -> None:
