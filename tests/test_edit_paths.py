@@ -1,6 +1,7 @@
 """Every op along every way to decode: a cache, padding, beams, assistance, our speculation, our batch.
 
-`test_taps_decoding` draws edits at random on every family; here each op meets each path, under every phase and a gate. The reference is one pass over the whole text.
+`test_taps_decoding` draws edits at random on every family; here each op meets each path, under every phase and a gate.
+The reference is one pass over the whole text.
 """
 
 from __future__ import annotations
