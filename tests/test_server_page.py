@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from browser_kit import HOSTILE, Visit, ask, page_server, scores, stored, texts
 from conftest import seeded_bank
-from server_kit import pausing, serving, until
+from server_kit import pausing, running, serving, until
 from upstream_kit import scripted, told
 
 from pilotfish.engines import EmbeddedEngine
@@ -117,6 +117,31 @@ def test_pointing_shows_a_tokens_scores_and_a_click_pins_them(visit):
     page.keyboard.press("Escape")
     page.hover(".asked .token >> nth=1")
     assert "Token 1: in the prompt" in panel.inner_text()
+
+
+def test_on_a_narrow_screen_a_pinned_token_covers_the_composer_and_not_the_other_way_round(visit):
+    page = visit(viewport={"width": 390, "height": 844}).open()
+    ask(page, tokens=24)
+    page.click(".pane section .token")
+    where = page.locator("#panel").bounding_box()
+    for part in (0.1, 0.5, 0.9):
+        place = [where["x"] + where["width"] / 2, where["y"] + part * where["height"]]
+        assert page.evaluate("([x, y]) => document.elementFromPoint(x, y).closest('#panel') !== null", place)
+    page.click("#panel button")
+    page.click("#question")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_a_target_without_a_draft_offers_nothing_of_drafts(browser, pair, tmp_path):
+    alone = replace(pair, draft=None, draft_identity=None)
+    with running(EmbeddedEngine(alone, [seeded_bank(pair, reader="target")]), tmp_path) as server:
+        began = Visit(browser, server.url)
+        page = began.open()
+        ask(page, tokens=8)
+        assert page.locator("#drafts").is_hidden()
+        assert page.locator("#metric option").all_inner_texts() == ["wide", "narrow"]
+        page.wait_for_selector("#budget:has-text('Of the last 1 exchange here')")
+        began.close()
 
 
 def test_the_slider_says_at_once_what_would_be_flagged_and_what_that_costs(visit, server):

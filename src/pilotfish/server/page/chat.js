@@ -59,7 +59,7 @@ export class Chat {
       model: this.monitor.model, messages: this.messages(question), max_tokens: Number($("max-tokens").value),
       temperature: Number($("temperature").value), ...($("seed").value ? { seed: Number($("seed").value) } : {}),
     };
-    body.monitor = { prompt: true, lookahead: !this.monitor.isTaxed, signals: !this.monitor.isTaxed };
+    body.monitor = { prompt: true, lookahead: this.monitor.isDrafting, signals: this.monitor.isDrafting };
     const exchange = {
       asked: question, answer: "", metrics: this.monitor.metrics, thresholds: this.monitor.thresholds, target: this.monitor.model,
       draft: this.monitor.draft, tokens: [], rounds: [], verdicts: [], stats: {},

@@ -25,7 +25,7 @@ async function enter() {
     const list = new List(monitor, tools);
     const chat = new Chat(monitor, tools, reader, () => readRecent(list));
     room = { monitor, tools, reader, list, chat };
-    document.body.classList.toggle("taxed", monitor.isTaxed);
+    document.body.classList.toggle("undrafted", !monitor.isDrafting);
     $("models").textContent = introduction(monitor);
     readRecent(list);
     go();

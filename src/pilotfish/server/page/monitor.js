@@ -1,5 +1,5 @@
 // What the server says of its heads and policy: metrics, thresholds in force, what a threshold costs.
-import { decimals } from "./marks.js";
+import { decimals, plural } from "./marks.js";
 import { getJson } from "./api.js";
 
 const SIGNALS = ["divergence", "rejection", "distance", "target_surprise", "draft_surprise"].map((name) => `signal.${name}`);
@@ -14,12 +14,12 @@ export class Monitor {
     return new Monitor({ model, draft, isTaxed: taxed }, heads, policy.rules ?? []);
   }
 
-  /** Behind a proxy (`isTaxed`) nothing is drafted, so there are no second signals. */
   constructor(models, heads, rules) {
     Object.assign(this, models, { rules, recent: [] });
+    this.isDrafting = !models.isTaxed && models.draft != null; // else there are no second signals
     this.cards = new Map(heads.map(({ metric, card }) => [metric, card.thresholds?.[metric]]));
     this.heads = [...this.cards.keys()];
-    this.metrics = [...this.heads, ...(this.isTaxed ? [] : SIGNALS)];
+    this.metrics = [...this.heads, ...(this.isDrafting ? SIGNALS : [])];
     const calibrated = heads.filter(({ threshold }) => threshold != null).map(({ metric, threshold }) => [metric, threshold]);
     const own = rules.filter(({ threshold }) => threshold != null).map(({ metric, threshold }) => [metric, threshold]);
     this.thresholds = Object.fromEntries([...calibrated, ...own.reverse()]); // the first rule of a metric wins
@@ -65,6 +65,6 @@ export class Monitor {
     const scores = this.recent.map((row) => this.highestOf(row, metric)).filter((score) => score !== undefined);
     if (!scores.length) return "";
     const over = scores.filter((score) => score >= limit).length;
-    return `Of the last ${scores.length} exchanges here it would flag ${over}, ${share(over / scores.length)}.`;
+    return `Of the last ${plural(scores.length, "exchange")} here it would flag ${over}, ${share(over / scores.length)}.`;
   }
 }
