@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +49,8 @@ from pilotfish.steering.evaluate import NO_STEERING, Measure, prompt_ids
 from pilotfish.steering.recipe import PROBABILITY
 from pilotfish.taps import Add, Edit, When, edited
 from pilotfish.texts import read_actadd_essays
+
+START = "<|endoftext|>"
 
 Figures = dict[str, Any]
 
@@ -213,18 +217,25 @@ class Tables:
     # Perplexity, meters and time
 
     def wedding(self) -> Figures:
-        """Perplexity of related and unrelated text under ` weddings` less a space, beside the word put before it."""
+        """Perplexity of related and unrelated text under ` weddings` less a space, beside the word put before it.
+
+        Every text, those that the vector is read from too, begins with a token that stands for no word: these models
+        have no BOS, and their first token's activations are like no other's. With it any word before a text may help
+        by being there; so a word that has nothing to do with any of the texts stands beside the one that has.
+        """
         site = Site(max(1, num_layers(self.loaded.model) // 3), "resid_pre")
-        vectors = activation_addition(" weddings", " ", self.loaded, name="weddings", site=site)
+        vectors = activation_addition(f"{START} weddings", f"{START} ", self.loaded, name="weddings", site=site)
         random = generator(self.seed, "wedding")
         nulls = [random_like(vector, generator=random) if vector.norm else vector for vector in vectors]
         arms = [Arm(name=NO_STEERING)]
         arms += [Arm(name=f"vector x {dose:g}", edits=self.in_front(vectors, dose)) for dose in self.sizes.doses]
-        arms += [Arm(name="random x 1", edits=self.in_front(nulls, 1.0)), Arm(name="the word", prefix=" weddings")]
-        measures: Mapping[str, Measure] = {
-            name: lambda arm, name=name: text_losses(self.loaded, arm, self.pieces[name])  # type: ignore[misc]
-            for name in ("wedding", "shipping", "macedonia", "banana_bread")
-        }
+        arms += [Arm(name="random x 1", edits=self.in_front(nulls, 1.0))]
+        arms += [Arm(name="the word", prefix=" weddings"), Arm(name="another word", prefix=" tables")]
+
+        def losses(name: str) -> Measure:
+            return lambda arm: text_losses(self.loaded, replace(arm, prefix=f"{START}{arm.prefix}"), self.pieces[name])
+
+        measures = {name: losses(name) for name in ("wedding", "shipping", "macedonia", "banana_bread")}
         rows = compare(arms, measures, generator=random)
         cells = [[arm.name, *(ratio(row) for row in rows if row.arm == arm.name)] for arm in arms[1:]]
         text = f"{table(['perplexity / no steering', *measures], cells)}\nAt {site}, first positions of each piece."
@@ -271,19 +282,7 @@ class Tables:
         head = ["direction", "relative", "damage", "kl", "loss"]
         cells = [[str(one["direction"]), *(f"{one[name]:.3f}" for name in head[1:])] for one in points]
         head = ["direction", "relative dose", "1 - acceptance", "KL mean", "loss of unrelated text"]
-        targets = [self.correlated(points, "kl", "KL"), self.correlated(points, "loss", "loss of unrelated text")]
-        return {"text": table(head, cells), "rows": points, "targets": targets}
-
-    def correlated(self, points: Sequence[Figures], other: str, name: str) -> Figures:
-        """Spearman over all points; the interval resamples directions."""
-
-        def statistic(rows: Tensor) -> float:
-            chosen = [points[row] for row in rows.tolist()]
-            return float(spearmanr([one["damage"] for one in chosen], [one[other] for one in chosen]).statistic)
-
-        groups = [str(point["direction"]) for point in points]
-        found = bootstrap_by_group(statistic, groups, generator=generator(self.seed, other))
-        return target(f"rank correlation of 1 - acceptance with {name}", found, 0.8, found.low >= 0.8)
+        return {"text": table(head, cells), "rows": points, "targets": correlations(points, seed=self.seed)}
 
     def overhead(self) -> Figures:
         """CPU time of a generated token with one active edit over that without, taken in turn."""
@@ -313,6 +312,37 @@ class Tables:
         name = "time of a token with an active edit / without"
         text = f"{name}: {cell(found)}, the median of {len(ratios)} pairs"
         return {"text": text, "targets": [target(name, found, 1.02, found.value <= 1.02)]}
+
+
+def correlations(points: Sequence[Figures], *, seed: int) -> list[Figures]:
+    """Spearman of 1 - acceptance with KL and with the loss of unrelated text; intervals resample directions.
+
+    Over all points; and of what is left when the mean of each dose is taken out, since all damage rises with the dose.
+    """
+    groups = [str(point["direction"]) for point in points]
+    spread = {name: within_dose(points, name) for name in ("damage", "kl", "loss")}
+    found = []
+    for other, name in (("kl", "KL"), ("loss", "loss of unrelated text")):
+        for values, where in (({key: [one[key] for one in points] for key in spread}, ""), (spread, ", within a dose")):
+            statistic = partial(spearman, values["damage"], values[other])
+            estimate = bootstrap_by_group(statistic, groups, generator=generator(seed, other))
+            name_of = f"rank correlation of 1 - acceptance with {name}{where}"
+            found.append(target(name_of, estimate, 0.8, estimate.low >= 0.8))
+    return found
+
+
+def spearman(one: Sequence[float], other: Sequence[float], rows: Tensor) -> float:
+    chosen = rows.tolist()
+    return float(spearmanr([one[row] for row in chosen], [other[row] for row in chosen]).statistic)
+
+
+def within_dose(points: Sequence[Figures], name: str) -> list[float]:
+    """By how much, in logarithms, each value is above the mean of its dose."""
+    by_dose: dict[float, list[float]] = {}
+    for point in points:
+        by_dose.setdefault(round(point["relative"], 6), []).append(math.log(point[name]))
+    means = {dose: sum(values) / len(values) for dose, values in by_dose.items()}
+    return [math.log(point[name]) - means[round(point["relative"], 6)] for point in points]
 
 
 def row_of(task: str, row: Row) -> Figures:
