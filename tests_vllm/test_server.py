@@ -17,6 +17,7 @@ import pytest
 import torch
 from kit import Models, options, write_settings
 from openai import BadRequestError, OpenAI
+from served import wait_for
 
 from pilotfish.server import Store
 from pilotfish.server.schemas import MonitorOut
@@ -40,7 +41,6 @@ policy = "policy.toml"
 store = "sqlite:///{folder}/alerts.db"
 alerts_file = "alerts.jsonl"
 """
-START_S = 600
 TEXTS = ("a b c", "def f", "x == 1", "the house", "return", "1 2 3")
 
 
@@ -73,7 +73,7 @@ def server(models: Models) -> Iterator[Server]:
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait(url, process, folder / "server.log")
+        wait_for(url, process, folder / "server.log")
         yield Server(url, OpenAI(base_url=f"{url}/v1", api_key="none"), given["model"], folder)
     finally:
         process.terminate()
@@ -97,18 +97,6 @@ def _between(models: Models) -> float:
     low, high = sorted(highest)[2:4]
     assert high - low > 1e-3, "the middle two are too close"
     return (low + high) / 2
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + START_S
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5)
-        except OSError:
-            time.sleep(1.0)
-        else:
-            return
-    raise AssertionError(log.read_text()[-4000:])
 
 
 def chat(server: Server, text: str, **changes: Any) -> Any:

@@ -17,6 +17,8 @@ from pilotfish.steering import load_directions
 
 
 def run(config: Serve) -> int:
+    if config.vllm_args or config.num_drafted is not None:
+        raise SettingError("--num-drafted, and whatever follows --, are for vLLM's server; add --engine vllm")
     try:
         from pilotfish.server import ServerSettings, Service, Store, make_server
     except ModuleNotFoundError as error:

@@ -17,6 +17,13 @@ DEFAULT_STORE = "sqlite:///pilotfish.db"
 class Serve(Models):
     """Serves the pair, or a proxy before another server, as OpenAI's API, every token scored (extra `serve`)."""
 
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """Our own, or vLLM's server with the monitor in it (extra `vllm`)."""
+    vllm_args: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """After `--`: flags of vLLM's own server."""
+    num_drafted: int | None = None
+    """Tokens that the draft proposes a step, inside vLLM; 3 where it is not given."""
+
     upstream: str | None = None
     """Instead of a pair: another OpenAI-compatible server (https://HOST/v1), whose text a small model scores."""
     model: str | None = None
@@ -71,9 +78,9 @@ class Serve(Models):
     """Of one API key."""
 
     def run(self) -> int:
-        from pilotfish.cli.serve import run
+        from pilotfish.cli import serve, serve_vllm
 
-        return run(self)
+        return serve_vllm.run(self) if self.engine == "vllm" else serve.run(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
