@@ -21,8 +21,7 @@ PAGE = Path(__file__).parents[1] / "docs/serve.md"
 
 TINY = """#!{shell}
 if [ "$1" = serve ]; then
-    set -- "$@" --pair {root}/target --draft {root}/draft --banks {root}/bank --dtype float32
-    set -- "$@" --threshold 0 --port {port}
+    set -- "$@" --pair {root}/target --draft {root}/draft --banks {root}/bank --dtype float32 --port {port}
 fi
 exec {python} -c 'import sys; from pilotfish.cli import main; sys.exit(main())' "$@"
 """
