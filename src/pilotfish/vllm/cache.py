@@ -49,5 +49,5 @@ class SlotCache:
         self._rows[slots] = torch.nan
 
     def read(self, slots: Int[Tensor, "row window"]) -> Kept:
-        rows = self._rows.index_select(0, slots.flatten()).unflatten(0, slots.shape)
+        rows = self._rows.index_select(0, slots.flatten()).view(*slots.shape, -1)
         return Kept(rows[..., :-1], rows[:, -1, -1])
