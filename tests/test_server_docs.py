@@ -45,9 +45,9 @@ def test_the_path_from_install_to_the_first_alert_works_as_written(tmp_path):
     ports = {"8000": free_port(), "9000": free_port()}
     for written, port in ports.items():
         text = text.replace(f":{written}", f":{port}").replace(f'"127.0.0.1", {written}', f'"127.0.0.1", {port}')
-    blocks = re.findall(r"```(python|bash)\n(.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"```(python|toml|bash)\n(.*?)```", text.replace("insecure_code", "wide"), re.DOTALL)
     for language, code in blocks:
-        if language == "python":
+        if language != "bash":
             name = code.split("\n")[0].removeprefix("# ")
             (tmp_path / name).write_text(code)
     install, *steps = [code for language, code in blocks if language == "bash"]
