@@ -77,17 +77,19 @@ def main() -> None:
     quieten_transformers()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        models = _models(args, folder)
+        models = models_of(args.target, args.draft, args.seed, folder)
         num_steps = 30 if args.quick else args.steps
         measured = _on_gpu(models, folder) if args.gpu else _on_cpu(models, folder, num_steps)
     _report(args, measured)
 
 
-def _models(args: argparse.Namespace, folder: Path) -> dict[str, str]:
-    """Folders of target and draft, and one with an untrained bank and the plugin's settings."""
-    target = resolve(args.target)
-    if args.draft is None:
-        loaded = load_model(args.target, device="cpu")
+def models_of(target_name: str, draft_name: str | None, seed: int, folder: Path) -> dict[str, str]:
+    """Folders of target and draft (by default the target without every third layer), and the path of the plugin's
+    settings, with an untrained bank beside them.
+    """
+    target = resolve(target_name)
+    if draft_name is None:
+        loaded = load_model(target_name, device="cpu")
         layers = loaded.model.model.layers
         kept = [layer for index, layer in enumerate(layers) if index % 3 != 1]
         loaded.model.model.layers = torch.nn.ModuleList(kept)
@@ -100,11 +102,11 @@ def _models(args: argparse.Namespace, folder: Path) -> dict[str, str]:
         loaded.tokenizer.save_pretrained(folder / "draft")
         draft = folder / "draft"
     else:
-        draft = resolve(args.draft)
+        draft = resolve(draft_name)
     reader = load_model(str(draft), device="cpu")
     identity = identify_folder(draft, "draft")
     pair = Pair(reader.model, reader.model, reader.tokenizer, identity, identity)
-    bank = random_bank(pair, num_heads=NUM_HEADS, num_sites=NUM_SITES, generator=generator(args.seed, "bank"))
+    bank = random_bank(pair, num_heads=NUM_HEADS, num_sites=NUM_SITES, generator=generator(seed, "bank"))
     bank.save(folder / "bank")
     (folder / "settings.toml").write_text('banks = ["bank"]\nmetrics = false\n')
     return {"target": str(target), "draft": str(draft), "settings": str(folder / "settings.toml")}
