@@ -56,7 +56,7 @@ Figures = dict[str, Any]
 
 
 class Sizes(NamedTuple):
-    """What one core does to a model of half a billion weights in about 45 minutes."""
+    """How much is measured."""
 
     contrasts: int = 100
     """Of an A/B set: three fifths to read the vector, one to choose, one to report on."""
@@ -74,12 +74,14 @@ class Sizes(NamedTuple):
     pieces: int = 20
     """Of an essay, which has no more."""
     unrelated: int = 6
-    doses: tuple[float, ...] = (1.0, 2.0, 4.0)
+    doses: tuple[float, ...] = (0.25, 1.0)
+    depths: tuple[float, ...] = (0.15, 0.33, 0.5)
+    """Where ` weddings` is added, as shares of the depth."""
     directions: int = 6
     timed: int = 192
 
 
-QUICK = Sizes(16, 12, 1, 2, 4, 1, 3, 6, 2, 4, 2, 2, (1.0,), 2, 16)
+QUICK = Sizes(16, 12, 1, 2, 4, 1, 3, 6, 2, 4, 2, 2, (1.0,), (0.33,), 2, 16)
 
 
 class Tables:
@@ -223,13 +225,18 @@ class Tables:
         have no BOS, and their first token's activations are like no other's. With it any word before a text may help
         by being there; so a word that has nothing to do with any of the texts stands beside the one that has.
         """
-        site = Site(max(1, num_layers(self.loaded.model) // 3), "resid_pre")
-        vectors = activation_addition(f"{START} weddings", f"{START} ", self.loaded, name="weddings", site=site)
-        random = generator(self.seed, "wedding")
-        nulls = [random_like(vector, generator=random) if vector.norm else vector for vector in vectors]
+        depth, random = num_layers(self.loaded.model), generator(self.seed, "wedding")
         arms = [Arm(name=NO_STEERING)]
-        arms += [Arm(name=f"vector x {dose:g}", edits=self.in_front(vectors, dose)) for dose in self.sizes.doses]
-        arms += [Arm(name="random x 1", edits=self.in_front(nulls, 1.0))]
+        for layer in dict.fromkeys(max(1, round(depth * share)) for share in self.sizes.depths):
+            site = Site(layer, "resid_pre")
+            vectors = activation_addition(f"{START} weddings", f"{START} ", self.loaded, name="weddings", site=site)
+            arms += [
+                Arm(name=f"vector x {dose:g} at {site}", edits=self.in_front(vectors, dose))
+                for dose in self.sizes.doses
+            ]
+        nulls = [random_like(vector, generator=random) if vector.norm else vector for vector in vectors]
+        dose = self.sizes.doses[-1]
+        arms += [Arm(name=f"random x {dose:g} at {site}", edits=self.in_front(nulls, dose))]
         arms += [Arm(name="the word", prefix=" weddings"), Arm(name="another word", prefix=" tables")]
 
         def losses(name: str) -> Measure:
@@ -238,7 +245,7 @@ class Tables:
         measures = {name: losses(name) for name in ("wedding", "shipping", "macedonia", "banana_bread")}
         rows = compare(arms, measures, generator=random)
         cells = [[arm.name, *(ratio(row) for row in rows if row.arm == arm.name)] for arm in arms[1:]]
-        text = f"{table(['perplexity / no steering', *measures], cells)}\nAt {site}, first positions of each piece."
+        text = f"{table(['perplexity / no steering', *measures], cells)}\nVectors at the first positions of each piece."
         return {"text": text, "rows": [row_of("wedding", row) for row in rows]}
 
     def in_front(self, vectors: Sequence[Direction], dose: float) -> tuple[Edit, ...]:
