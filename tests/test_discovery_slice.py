@@ -126,7 +126,7 @@ def test_neither_the_blocks_below_nor_those_above_run_again() -> None:
 def test_chunks_change_nothing_and_keep_to_the_budget() -> None:
     model, theta = MODELS["qwen2"], vectors(5)
     whole = Slice(model, SOURCE, TARGET, PROMPTS)
-    tight = Slice(model, SOURCE, TARGET, PROMPTS, memory_bytes=3 * 2 * whole.bytes_per_vector)
+    tight = Slice(model, SOURCE, TARGET, PROMPTS, memory_bytes=4 * 2 * whole.bytes_per_vector)
     assert (tight.rows_per_chunk, Slice(model, SOURCE, TARGET, PROMPTS, memory_bytes=1).rows_per_chunk) == (2, 1)
     for name in ("change", "jvp", "vjp"):
         torch.testing.assert_close(getattr(tight, name)(theta), getattr(whole, name)(theta), rtol=1e-5, atol=1e-6)
@@ -138,6 +138,14 @@ def test_bytes_of_a_vector_grow_with_what_a_pass_keeps() -> None:
     states = sum(1 for _ in PROMPTS) * 9 * 32 * 4  # one float32 state of every prompt, padding included
     assert states < short.bytes_per_vector
     assert 2 * short.bytes_per_vector < long.bytes_per_vector < 4 * short.bytes_per_vector
+
+
+def test_copies_of_weights_that_autocast_makes_are_not_counted_as_a_vectors() -> None:
+    one_token = [[5]]
+    plain = Slice(MODELS["llama"], SOURCE, TARGET, one_token).bytes_per_vector
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = Slice(MODELS["llama"], SOURCE, TARGET, one_token).bytes_per_vector
+    assert mixed < 2 * plain
 
 
 def test_token_changes_are_those_of_the_last_tokens_of_each_prompt() -> None:

@@ -26,8 +26,8 @@ from pilotfish.taps.hook import hook
 logger = logging.getLogger(__name__)
 
 _STREAM_ORDER = ("resid_pre", "attn_out", "mlp_out", "resid_post")
-_PASSES_AT_ONCE = 3
-"""A second derivative holds about this many times what a first one holds."""
+_PASSES_AT_ONCE = 4
+"""A second derivative holds nearly this many times what a first one holds."""
 
 
 class _Step(NamedTuple):
@@ -115,20 +115,23 @@ class Slice(Response):
 
     @cached_property
     def bytes_per_vector(self) -> int:
-        """What the autograd graph of one vector keeps, counted once."""
+        """What the autograd graph of one vector keeps, counted: what two keep beyond one, so that weights, and copies
+        of weights in another dtype under autocast, do not count.
+        """
+        return max(1, self._bytes_kept(2) - self._bytes_kept(1))
+
+    def _bytes_kept(self, num_vectors: int) -> int:
         kept: dict[int, int] = {}
-        weights = {parameter.data_ptr() for step in self._steps for parameter in step.module.parameters()}
 
         def count(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if tensor.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            graph = self.token_changes(self._zero().requires_grad_())
+            graph = self.token_changes(self._zero().repeat(num_vectors, 1).requires_grad_())
         del graph
-        return max(1, sum(kept.values()))
+        return sum(kept.values())
 
     def _mean_change(self, theta: Tensor) -> Tensor:
         mean: Tensor = self.token_changes(theta).mean(dim=1)
