@@ -289,7 +289,7 @@ def plot(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
     limit = (1 - LOSS) * rows[0]["acceptance"]["expected"]["value"]
     return scatter_svg(
         points,
-        f"{metric}: what tuning the draft wins and costs, by weight of distilling",
+        f"{metric}: a tuned draft, by weight of distilling",
         x=Axis("share of sampled drafts accepted (dashed: 1 % lost)", limit),
         y=Axis(f"{figure} of the head", rows[0]["figures"][figure]["value"] + GAIN),
     )
