@@ -3,9 +3,10 @@
     python benchmarks/discovery.py [--quick] [--parts toy lock] [--model demo:smollm2] [--json PATH]
 
 Its parts: toy tensors with known factors; the published synthetic task, an exponential layer, at a size for a CPU; a
-slice of a real model; a lock and a backdoor (`discovery_hidden`); speed (`discovery_speed`). The rows named `published`
-are what the released code of 2024 computes, written anew from a description of it. All figures of a part are of the
-same functions, radius and starting points, so they are paired.
+slice of a real model; a lock and a backdoor in small models (`discovery_hidden`); a lock on a pretrained model
+(`discovery_unlocked`); speed (`discovery_speed`); memory (`discovery_memory`). The rows named `published` are what the
+released code of 2024 computes, written anew from a description of it. All figures of a part are of the same functions,
+radius and starting points, so they are paired.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import numpy as np
 import torch
 from discovery_figures import over_seeds, over_vectors, ratio, show, target
 from discovery_hidden import backdoor, lock
+from discovery_memory import memory
 from discovery_speed import speed
+from discovery_unlocked import lock_lora
 from shown import targets_table
 from torch import Tensor
 
@@ -48,7 +51,7 @@ PROMPTS = (
     "What is the difference between a lake and a pond?",
 )
 SOURCE, TARGET = Site(10, "resid_pre"), Site(14, "resid_post")
-PARTS = ("toy", "synthetic", "model", "lock", "backdoor", "speed")
+PARTS = ("toy", "synthetic", "model", "lock", "backdoor", "lock-lora", "speed", "memory")
 Fit = Callable[[Response, int], Tensor]
 
 
@@ -57,7 +60,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer seeds, one prompt")
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
     parser.add_argument("--seeds", type=int, default=8, help="of the toy and the synthetic task")
-    parser.add_argument("--organisms", type=int, default=3, help="seeds of the lock and of the backdoor")
+    parser.add_argument("--organisms", type=int, default=3, help="seeds of the locks and of the backdoor")
     parser.add_argument("--model", default="demo:smollm2", help="with 15 layers or more")
     parser.add_argument("--factors", type=int, default=24, help="to be found in the model")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="slices of the model, one prompt each")
@@ -77,7 +80,9 @@ def main() -> None:
         "model": lambda: reach(args.model, prompts, args.factors, args.seed, args.quick),
         "lock": lambda: lock(hidden, quick=args.quick),
         "backdoor": lambda: backdoor(hidden, quick=args.quick),
+        "lock-lora": lambda: lock_lora(hidden, quick=args.quick),
         "speed": lambda: speed(args.model, prompts, seed=args.seed, quick=args.quick),
+        "memory": lambda: memory(args.model, prompts, seed=args.seed, quick=args.quick),
     }
     parts = [table[name]() for name in args.parts]
     rows = [row for found, _ in parts for row in found]
