@@ -46,6 +46,7 @@ RULES = {
             "resample": {"tries": 3},
             "defer": {"release": 0.4},
             "steer": {"edit": "push", "release": 0.4},
+            "escalate": {},
         }.items()
     },
     "look ahead": Policy(rules=(Rule(metric="narrow", action="hold", threshold=0.5, look_ahead=True),)),
@@ -57,7 +58,8 @@ def engine_of(pair, banks, drafting=None, family_seed=3) -> EmbeddedEngine:
     vector = torch.randn(32, generator=torch.Generator().manual_seed(family_seed))
     push = Edit(SITE, Add(vector, 0.5), When(phase="generation"))
     gated = Edit(Site(0, "attn_out"), Add(vector, 0.2), When(gate=ProjectionGate(Site(0, "resid_pre"), vector, 0.1)))
-    return EmbeddedEngine(pair, banks, drafting=drafting, edits={"push": [push, gated]}, score_limit_s=60.0)
+    edits, judge = {"push": [push, gated]}, lambda *_: 0.0
+    return EmbeddedEngine(pair, banks, drafting=drafting, edits=edits, judge=judge, score_limit_s=60.0)
 
 
 def assert_same(found: Generation, alone: Generation) -> None:
@@ -145,7 +147,7 @@ def test_each_policy_does_among_all_others_what_it_does_alone(pair, bank, sampli
     for prompt, request, found in zip(prompts, asked, together.values(), strict=True):
         assert_same(found, engine.generate(prompt, request))
     done = {name for name, found in together.items() if name in {verdict.action for verdict in found.verdicts}}
-    assert done == {"flag", "stop", "redact", "resample", "defer", "steer"}
+    assert done == {"flag", "stop", "redact", "resample", "defer", "steer", "escalate"}
 
 
 def test_a_long_prompt_is_read_a_chunk_a_round_while_others_go_on(pair, windowed, monkeypatch):
@@ -224,10 +226,10 @@ class Clock:
         ("resample", "nan"),
         ("defer", "shape"),
         ("steer", "raise"),
-        ("observe", "slow"),
-        ("hold", "slow"),
-        ("stop", "slow"),
-        ("resample", "slow"),
+        *(
+            (action, "slow")
+            for action in ("observe", "flag", "hold", "stop", "redact", "resample", "defer", "steer", "escalate")
+        ),
     ],
 )
 def test_a_head_that_fails_on_one_stream_lets_nothing_out_there_and_leaves_the_others_scored(
