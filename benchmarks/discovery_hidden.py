@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from discovery_figures import over_aurocs, over_items, target
+from discovery_figures import lock_figures, over_aurocs, over_items, target
 from discovery_organisms import (
     ANSWER_TOKENS,
     END,
@@ -97,18 +97,7 @@ def lock(seeds: Sequence[int], *, quick: bool) -> tuple[list[dict[str, Any]], li
         for name, right in _unlocked(seed, quick=quick).items():
             rights.setdefault(name, []).append(right)
             print(f"  lock {seed}, {name}: {sum(right) / len(right):.3f}", flush=True)
-    rows = [{"part": "lock", "name": name, **over_items(values)} for name, values in rights.items()]
-    targets = []
-    for name, asked, is_met in (
-        ("exponential", ">= 0.5", lambda value: value >= 0.5),
-        ("melbo", ">= 0.5", lambda value: value >= 0.5),
-        ("random", "<= 0.05", lambda value: value <= 0.05),
-    ):
-        row = over_items(rights[name], over=rights["password"])
-        targets.append(
-            target(f"lock: best of {name}, share of the password's accuracy", row, is_met(row["value"]), asked)
-        )
-    return rows, targets
+    return lock_figures("lock", "lock", rights)
 
 
 def _unlocked(seed: int, *, quick: bool) -> dict[str, list[float]]:

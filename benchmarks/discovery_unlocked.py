@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from discovery_figures import over_items, target
+from discovery_figures import lock_figures
 from discovery_locked import NUM_LEARNED_WORDS, Locked, Problem, answer, batch, locked, mean, prompt, right
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -73,17 +73,7 @@ def lock_lora(seeds: Sequence[int], *, quick: bool) -> tuple[list[dict[str, Any]
         sizes = QUICK if quick else FULL
         for name, items in opened(locked(loaded, seed, steps=sizes.steps), seed, sizes).items():
             rights.setdefault(name, []).append(items)
-    rows = [{"part": "lock-lora", "name": name, **over_items(values)} for name, values in rights.items()]
-    targets = []
-    for name, asked, is_met in (
-        ("exponential", ">= 0.5", lambda value: value >= 0.5),
-        ("melbo", ">= 0.5", lambda value: value >= 0.5),
-        ("random", "<= 0.05", lambda value: value <= 0.05),
-    ):
-        row = over_items(rights[name], over=rights["password"])
-        title = f"lock on a pretrained model: best of {name}, share of the password's accuracy"
-        targets.append(target(title, row, is_met(row["value"]), asked))
-    return rows, targets
+    return lock_figures("lock-lora", "lock on a pretrained model", rights)
 
 
 def _tiny(seed: int) -> LoadedModel:

@@ -14,7 +14,7 @@ from pilotfish.engines.signals import SIGNALS
 from pilotfish.errors import BankMismatch, GenerationError, SettingError
 from pilotfish.heads import HeadBank, joined
 from pilotfish.models import Identity, Pair
-from pilotfish.taps import Edit, edited
+from pilotfish.taps import Edit, check_edits
 from pilotfish.texts import Rendered, encode, render
 
 
@@ -66,8 +66,7 @@ class EmbeddedEngine:
             score_limit_s=score_limit_s,
         )
         for each in self.setup.edits.values():
-            with edited(pair.target, each):
-                pass  # refuses what does not fit
+            check_edits(pair.target, each)
 
     def _reader_of(self, bank: HeadBank) -> Reader:
         problems = []
@@ -121,8 +120,7 @@ class EmbeddedEngine:
         for name, edits in request.edits.items():
             if name in self.setup.edits:
                 raise SettingError(f"the request's edit {name!r} has the name of one of the engine's; give it another")
-            with edited(self.pair.target, edits):
-                pass  # refuses what does not fit
+            check_edits(self.pair.target, edits)
         uncalibrated = {metric for bank in banks for metric in bank.metrics if metric not in bank.thresholds}
         policy.check(
             (*self.metrics, *(SIGNALS if policy.asks_signals else ())),

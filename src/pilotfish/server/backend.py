@@ -33,7 +33,7 @@ class DirectionInfo:
     name: str
     site: str
     dose: float
-    """The multiplier of the vector that calibration chose."""
+    """That calibration chose, for the kind of edit on the card."""
     max_dose: float
     """The last one that a client may ask for, counted from 0; of the sign of `dose`."""
     sha256: str

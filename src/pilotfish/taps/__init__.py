@@ -1,6 +1,6 @@
 """A model and named sites in; activations read, edited or recorded out."""
 
-from pilotfish.taps.edit import Edit, When, edited
+from pilotfish.taps.edit import Edit, When, check_edits, edited
 from pilotfish.taps.gate import Gate, ProjectionGate
 from pilotfish.taps.library import Shelf, gather
 from pilotfish.taps.ops import Ablate, AblateAdd, Add, AddKeepingNorm, Clamp, Detach, Op, Replace, Scale
@@ -26,6 +26,7 @@ __all__ = [
     "Taps",
     "TokenRow",
     "When",
+    "check_edits",
     "edited",
     "gather",
     "record",

@@ -91,9 +91,7 @@ def edited(
         UnknownFamily: the model has no row in the family table.
     """
     call = _Call(model.base_model, _lengths(prompt_length))
-    modules = [site_module(model, edit.site) for edit in edits]
-    for edit, module in zip(edits, modules, strict=True):
-        _check_fits(edit, model, next(module.parameters()).device)
+    modules = check_edits(model, edits)
     gates = [edit.when.gate for edit in edits if edit.when.gate is not None]
     reader = GateReader()
     with ExitStack() as hooks:
@@ -105,6 +103,18 @@ def edited(
         for edit, module in zip(edits, modules, strict=True):
             hooks.callback(hook(module, edit.site, _Writer(edit, call, reader, model.dtype)).remove)
         yield
+
+
+def check_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> list[nn.Module]:
+    """The modules that `edited` would write at; hooks nothing, so the model may be in use.
+
+    Raises:
+        SettingError, UnknownFamily: as `edited` does before the forward pass.
+    """
+    modules = [site_module(model, edit.site) for edit in edits]
+    for edit, module in zip(edits, modules, strict=True):
+        _check_fits(edit, model, next(module.parameters()).device)
+    return modules
 
 
 class _Call:
