@@ -32,6 +32,7 @@ from pilotfish.steering import (
 )
 from pilotfish.steering.behaviours import FUNCTION_WORDS, french_share, is_number, last_number, repetition
 from pilotfish.steering.recipe import MARGIN, PROBABILITY, divided
+from pilotfish.taps import When
 from pilotfish.texts import Contrast, encode, render
 
 PLAIN = Arm(name="no steering")
@@ -91,6 +92,28 @@ def test_swapped_answers_have_the_opposite_margin(loaded: LoadedModel) -> None:
         swapped = Contrast(id="s", group="s", prompt=item.prompt, positive=item.negative, negative=item.positive)
         one, other = margins(loaded, PLAIN, [item, swapped])
         assert float(one) == pytest.approx(-float(other), abs=1e-6)
+
+
+def test_margins_of_many_are_those_of_each_alone(loaded: LoadedModel, pair: Pair) -> None:
+    """Prompts of several lengths, with and without long beginnings that all share, letters and longer answers."""
+    items = [contrast(i, prompt="Is it so? " * (1 + i % 3)) for i in range(6)]
+    items += [
+        contrast(9, positive="yes indeed", negative="no, " * 5),
+        contrast(7, prompt="", positive="of", negative="the"),
+    ]
+    scoped = Steering(directions=(direction(pair),), when=When(phase="generation", positions=(30, 70)))
+    arms = [PLAIN, vector_arm(pair), Arm(name="scoped", edits=scoped.edits(3.0, pair.target)), few_shot(items[:3])]
+    for arm in arms:
+        together = margins(loaded, arm, items)
+        each = torch.cat([margins(loaded, arm, [item]) for item in items])
+        torch.testing.assert_close(together, each, rtol=0, atol=2e-5)
+
+
+def test_losses_of_many_texts_are_those_of_each_alone(loaded: LoadedModel, pair: Pair) -> None:
+    texts = ["def of the", "return x and the rest of it", "a of"]
+    for arm in (PLAIN, vector_arm(pair), Arm(name="told", instruction="Say of the and return. " * 4)):
+        each = torch.cat([text_losses(loaded, arm, [text]) for text in texts])
+        torch.testing.assert_close(text_losses(loaded, arm, texts), each, rtol=0, atol=2e-5)
 
 
 def test_an_answer_that_begins_the_other_is_refused(loaded: LoadedModel) -> None:

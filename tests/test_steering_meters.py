@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import hooks_of, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_steering_dose import MID, direction
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pilotfish.errors import SettingError
-from pilotfish.models import Pair
+from pilotfish.models import FAMILIES, Pair, tiny_model
 from pilotfish.steering import Decoding, Sampled, Steering, divergence, divergences, meters, rollouts
-from pilotfish.steering.meters import answer_logits
-from pilotfish.taps import Add, Edit, When
+from pilotfish.steering.meters import answer_logits, by_length
+from pilotfish.taps import Add, Edit, ProjectionGate, When, edited
 
 PROMPTS = [[5, 9, 20, 31], [7], [40, 2, 11]]
 
@@ -29,6 +31,14 @@ def written(pair: Pair, edits: Any = (), *, seed: int = 0, **decoding: Any) -> l
     random = torch.Generator().manual_seed(seed)
     how = Decoding(**({"max_new_tokens": 6} | decoding))
     return rollouts(pair.target, PROMPTS, edits, decoding=how, generator=random)
+
+
+def alone(model: PreTrainedModel, sampled: Sampled, edits: Any = ()) -> Tensor:
+    """Logits of one text in one pass, nothing padded."""
+    prompt, answer = sampled
+    with torch.no_grad(), edited(model, edits, prompt_length=len(prompt)):
+        logits: Tensor = model(torch.tensor([[*prompt, *answer[:-1]]]), use_cache=False).logits
+    return logits[0, len(prompt) - 1 :]
 
 
 def random_logits(seed: int, spread: float) -> Tensor:
@@ -69,8 +79,52 @@ def test_a_model_beside_itself_has_no_divergence_whatever_its_logits_are_shifted
 def test_logits_of_an_answer_are_those_that_its_tokens_were_drawn_from(pair: Pair) -> None:
     edits = strong(pair, phase="generation")
     for sampled in written(pair, edits, temperature=0.0):
-        likeliest = answer_logits(pair.target, sampled, edits).argmax(-1)
+        (logits,) = answer_logits(pair.target, [sampled], edits)
+        likeliest = logits.argmax(-1)
         assert likeliest.tolist() == list(sampled.answer_ids)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 30, 1000])
+@pytest.mark.parametrize("shared", [0, 80])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_read_in_batches_are_those_of_each_text_alone(family: str, shared: int, batch_tokens: int) -> None:
+    """Whatever the edits' scope, and whether or not what the texts share is read before the rest."""
+    model = tiny_model(family, seed=0)
+    vector, axis = torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    beginning = random_ids(1, 80)[0, :shared].tolist()
+    answers = [
+        Sampled((*beginning, *prompt), answer)
+        for prompt, answer in (((5, 9, 20, 31, 8), (4, 7, 1)), ((7,), (3,)), ((40, 2), (6, 2, 9, 1, 12, 3)))
+    ]
+    scopes = [
+        When(phase="generation"),
+        When(phase="prompt"),
+        When(positions=(1, 4)),
+        When(positions=(shared + 1, shared + 4)),
+        When(gate=ProjectionGate(MID, axis, 0.0)),
+    ]
+    for when in scopes:
+        edits = [Edit(MID, Add(vector, 2.0), when)]
+        together = list(answer_logits(model, answers, edits, batch_tokens=batch_tokens))
+        assert not hooks_of(model)
+        for sampled, found in zip(answers, together, strict=True):
+            torch.testing.assert_close(found, alone(model, sampled, edits), rtol=1e-4, atol=1e-4)
+
+
+def test_between_two_batches_the_model_is_unedited(pair: Pair) -> None:
+    answers = [Sampled((5, 9), (4,)), Sampled((7, 2, 1), (3, 8))]
+    logits = answer_logits(pair.target, answers, strong(pair), batch_tokens=1)
+    next(logits)
+    assert not hooks_of(pair.target)
+
+
+def test_the_shortest_text_comes_first(pair: Pair) -> None:
+    assert by_length([Sampled((1, 2, 3), (4,)), Sampled((1,), (2, 3)), Sampled((1, 2), (3, 4, 5))]) == [1, 0, 2]
+
+
+def test_edits_of_single_rows_have_no_meters(pair: Pair) -> None:
+    with pytest.raises(SettingError, match="name no `rows`"):
+        divergences(pair.target, written(pair), strong(pair, rows=(0,)))
 
 
 def test_a_batch_writes_what_each_prompt_would_alone(pair: Pair) -> None:
@@ -114,8 +168,8 @@ def test_a_draft_takes_the_place_of_the_unsteered_model_for_acceptance_alone(pai
     own, drafted = (divergences(pair.target, answers, edits, draft=draft) for draft in (None, pair.draft))
     for one, other, sampled in zip(own, drafted, answers, strict=True):
         assert torch.equal(one.kl, other.kl)
-        by_hand = divergence(answer_logits(pair.target, sampled, edits), answer_logits(pair.draft, sampled))
-        assert torch.equal(other.acceptance, by_hand.acceptance)
+        by_hand = divergence(alone(pair.target, sampled, edits), alone(pair.draft, sampled))
+        torch.testing.assert_close(other.acceptance, by_hand.acceptance, rtol=0, atol=1e-5)
         assert not torch.equal(other.acceptance, one.acceptance)
 
 
@@ -126,8 +180,8 @@ def test_a_prompt_is_measured_against_the_bare_one(pair: Pair) -> None:
     )
     (found,) = divergences(pair.target, [sampled], (), plain_prompts=[[5, 1]])
     bare = Sampled((5, 1), sampled.answer_ids)
-    by_hand = divergence(answer_logits(pair.target, sampled), answer_logits(pair.target, bare))
-    assert torch.equal(found.kl, by_hand.kl)
+    by_hand = divergence(alone(pair.target, sampled), alone(pair.target, bare))
+    torch.testing.assert_close(found.kl, by_hand.kl, rtol=0, atol=1e-5)
     assert (found.kl > 0).all()
 
 

@@ -7,14 +7,13 @@ random direction and one from shuffled labels, the vectors at the same damage. A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from pilotfish.core import Message
 from pilotfish.errors import SettingError, TextError
@@ -22,7 +21,7 @@ from pilotfish.models import LoadedModel
 from pilotfish.runs import progress
 from pilotfish.scores.metrics import Estimate, bootstrap_by_group, mean_of
 from pilotfish.steering.direction import Direction
-from pilotfish.steering.meters import Divergence, answer_logits, divergences
+from pilotfish.steering.meters import Divergence, answer_logits, by_length, divergences
 from pilotfish.steering.rollouts import Decoding, Sampled, rollouts
 from pilotfish.taps import Edit
 from pilotfish.texts import Contrast, encode, render
@@ -110,22 +109,13 @@ def margins(loaded: LoadedModel, arm: Arm, contrasts: Sequence[Contrast]) -> Flo
     Raises:
         TextError: the two answers of a contrast are the same tokens, or one is the beginning of the other.
     """
-    found = []
-    for item in progress(contrasts, arm.name, total=len(contrasts)):
-        prompt = prompt_ids(loaded, arm, item.prompt) if item.prompt else _plain_ids(loaded, arm.prefix or "\n")
-        texts = (item.positive.strip(), item.negative.strip())
-        one, other = (list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-        first, ends = _differing(one, other, where=f"contrast {item.id!r}")
-        if ends == (first + 1, first + 1):  # both can be read off the same logits
-            logits = answer_logits(loaded.model, Sampled(tuple(prompt), tuple(one[: first + 1])), arm.edits)[-1]
-            found.append((logits[one[first]] - logits[other[first]]).double().cpu())
-            continue
-        means = [
-            _log_probs(loaded.model, Sampled(tuple(prompt), tuple(ids[:end])), arm.edits)[first:].mean()
-            for ids, end in zip((one, other), ends, strict=True)
-        ]
-        found.append(means[0] - means[1])
-    return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)
+    parts = [part for item, contrast in enumerate(contrasts) for part in _parts(loaded, arm, item, contrast)]
+    found = torch.zeros(len(contrasts), dtype=torch.float64)
+    for index, log_probs in _log_probs(loaded, arm, [part.sampled for part in parts]):
+        part = parts[index]
+        weights = torch.tensor(part.weights, dtype=torch.float64)
+        found[part.item] += log_probs[part.places, part.token_ids].double().cpu() @ weights
+    return found
 
 
 def letter_probability(loaded: LoadedModel, arm: Arm, contrasts: Sequence[Contrast]) -> Float[Tensor, " item"]:
@@ -142,16 +132,17 @@ def text_losses(loaded: LoadedModel, arm: Arm, texts: Sequence[str]) -> Float[Te
         TextError: a text has fewer than two tokens.
     """
     said = "\n\n".join(filter(None, [arm.instruction, *(message.content for message in arm.examples)]))
-    losses = []
-    for text in texts:
-        prefix = _plain_ids(loaded, arm.prefix or said)
-        ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if len(ids) < 2:
-            raise TextError("a text of fewer than two tokens has no perplexity; give a longer one")
-        # The first token counts in no arm: without a prefix nothing predicts it.
-        sampled = Sampled((*prefix, ids[0]), tuple(ids[1:]))
-        losses.append(-_log_probs(loaded.model, sampled, arm.edits).mean())
-    return torch.stack(losses)
+    prefix = _plain_ids(loaded, arm.prefix or said)
+    rows = [list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    if any(len(ids) < 2 for ids in rows):
+        raise TextError("a text of fewer than two tokens has no perplexity; give a longer one")
+    # The first token counts in no arm: without a prefix nothing predicts it.
+    sampled = [Sampled((*prefix, ids[0]), tuple(ids[1:])) for ids in rows]
+    losses = torch.zeros(len(texts), dtype=torch.float64)
+    for index, log_probs in _log_probs(loaded, arm, sampled):
+        ids = rows[index][1:]
+        losses[index] = -log_probs[range(len(ids)), ids].double().mean()
+    return losses
 
 
 class Answered(NamedTuple):
@@ -267,10 +258,39 @@ def against_prompt(
     return Verdict(difference.value > 0, difference, sentence)
 
 
-def _log_probs(model: PreTrainedModel, sampled: Sampled, edits: Sequence[Edit]) -> Float[Tensor, " token"]:
-    logits = answer_logits(model, sampled, edits).float().log_softmax(-1)
-    chosen = torch.tensor(sampled.answer_ids, device=logits.device).unsqueeze(-1)
-    return logits.gather(-1, chosen)[:, 0].double().cpu()
+class _Part(NamedTuple):
+    """A text, and which log probabilities along its answer a margin sums with which weights."""
+
+    item: int
+    sampled: Sampled
+    places: Sequence[int]
+    token_ids: Sequence[int]
+    weights: Sequence[float]
+
+
+def _parts(loaded: LoadedModel, arm: Arm, item: int, contrast: Contrast) -> Iterator[_Part]:
+    asked = contrast.prompt
+    prompt = tuple(prompt_ids(loaded, arm, asked) if asked else _plain_ids(loaded, arm.prefix or "\n"))
+    texts = (contrast.positive.strip(), contrast.negative.strip())
+    sides = [list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    first, ends = _differing(*sides, where=f"contrast {contrast.id!r}")
+    if ends == (first + 1, first + 1):  # both can be read off the same logits
+        answer_ids = tuple(sides[0][: first + 1])
+        yield _Part(item, Sampled(prompt, answer_ids), [first] * 2, [ids[first] for ids in sides], [1.0, -1.0])
+        return
+    for sign, ids, end in zip((1.0, -1.0), sides, ends, strict=True):
+        places = range(first, end)
+        yield _Part(item, Sampled(prompt, tuple(ids[:end])), places, ids[first:end], [sign / len(places)] * len(places))
+
+
+def _log_probs(
+    loaded: LoadedModel, arm: Arm, texts: Sequence[Sampled]
+) -> Iterator[tuple[int, Float[Tensor, "token vocab"]]]:
+    """Log probabilities along each answer, with its index; the shortest text comes first."""
+    order = by_length(texts)
+    logits = answer_logits(loaded.model, [texts[index] for index in order], arm.edits)
+    for index, row in progress(zip(order, logits, strict=True), arm.name, total=len(order)):
+        yield index, row.float().log_softmax(-1)
 
 
 def _differing(one: Sequence[int], other: Sequence[int], *, where: str) -> tuple[int, tuple[int, int]]:

@@ -7,19 +7,23 @@ model itself wrote: a text of the unsteered one does not show where steering lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from pilotfish.errors import SettingError
 from pilotfish.runs import progress
 from pilotfish.steering.rollouts import Sampled
 from pilotfish.taps import Edit, edited
+
+WORTH_A_PASS = 64
+"""Tokens that must be saved for a pass of their own to pay."""
 
 Behaviour = Callable[[Sequence[Edit], Sequence[Sampled]], float]
 """Edits, and the answers written under them, to one figure: the larger, the more of what is wanted."""
@@ -68,14 +72,86 @@ def divergence(p: Float[Tensor, "token vocab"], q: Float[Tensor, "token vocab"])
     return Divergence(kl.clamp_min(0.0).cpu(), accepted.clamp(max=1.0).cpu(), agrees.cpu())
 
 
+def answer_logits(
+    model: PreTrainedModel, answers: Sequence[Sampled], edits: Sequence[Edit] = (), *, batch_tokens: int = 768
+) -> Iterator[Float[Tensor, "token vocab"]]:
+    """The logits from which each token of an answer was drawn, answer by answer.
+
+    What all texts begin with is read once. The rest is read in batches of neighbours, so give texts of like length one
+    after the other (`by_length`). What pads a row stands after all of its tokens, so no mask is needed: under causal
+    attention every state is that of the text alone.
+
+    Args:
+        batch_tokens: Of a forward pass, padding included; a longer text makes a pass of its own.
+
+    Raises:
+        SettingError: an edit names rows of a batch.
+    """
+    if any(edit.when.rows is not None for edit in edits):
+        raise SettingError("the meters put texts into batches as it suits; give edits that name no `rows`")
+    shared = _num_shared(answers)
+    cache = _read(model, answers[0].prompt_ids[:shared], edits) if shared else None
+    for batch in _batches(answers, shared, batch_tokens):
+        yield from _batch_logits(model, batch, edits, cache)
+
+
+def by_length(answers: Sequence[Sampled]) -> list[int]:
+    """Indices of answers, the shortest text first."""
+    return sorted(range(len(answers)), key=lambda index: sum(map(len, answers[index])))
+
+
+def _num_shared(answers: Sequence[Sampled]) -> int:
+    """Tokens that all prompts begin with, their last ones left out; 0 where they are too few to be worth a pass."""
+    limit = min((len(answer.prompt_ids) for answer in answers), default=1) - 1
+    columns = zip(*(answer.prompt_ids[:limit] for answer in answers), strict=True)
+    shared = next((index for index, column in enumerate(columns) if len(set(column)) > 1), limit)
+    return shared if shared * (len(answers) - 1) >= WORTH_A_PASS else 0
+
+
+def _batches(answers: Sequence[Sampled], shared: int, batch_tokens: int) -> Iterator[list[Sampled]]:
+    batch: list[Sampled] = []
+    longest = 0
+    for answer in answers:
+        longest = max(longest, sum(map(len, answer)) - shared)
+        if batch and longest * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch, longest = [], sum(map(len, answer)) - shared
+        batch.append(answer)
+    if batch:
+        yield batch
+
+
 @torch.inference_mode()
-def answer_logits(model: PreTrainedModel, sampled: Sampled, edits: Sequence[Edit] = ()) -> Float[Tensor, "token vocab"]:
-    """The logits from which each token of an answer was drawn, in one pass over prompt and answer."""
-    prompt, answer = sampled
-    ids = torch.tensor([[*prompt, *answer[:-1]]], device=model.device)
-    with edited(model, edits, prompt_length=len(prompt)):
-        logits: Tensor = model(ids, use_cache=False, logits_to_keep=len(answer)).logits[0]
-    return logits
+def _read(model: PreTrainedModel, beginning: Sequence[int], edits: Sequence[Edit]) -> DynamicCache:
+    cache = DynamicCache()  # full layers even for sliding-window models
+    with edited(model, edits, prompt_length=len(beginning)):
+        model.base_model(torch.tensor([beginning], device=model.device), past_key_values=cache, use_cache=True)
+    return cache
+
+
+@torch.inference_mode()
+def _batch_logits(
+    model: PreTrainedModel, batch: Sequence[Sampled], edits: Sequence[Edit], cache: DynamicCache | None
+) -> list[Float[Tensor, "token vocab"]]:
+    shared = 0 if cache is None else int(cache.get_seq_length())
+    if cache is not None:
+        cache = deepcopy(cache)
+        cache.batch_repeat_interleave(len(batch))
+    rests = [[*prompt[shared:], *answer[:-1]] for prompt, answer in batch]
+    ids = torch.zeros(len(batch), max(map(len, rests)), dtype=torch.long)
+    for row, rest in zip(ids, rests, strict=True):
+        row[: len(rest)] = torch.tensor(rest)
+    lengths = [len(answer.prompt_ids) for answer in batch]
+    starts = [length - 1 - shared for length in lengths]
+    wanted = torch.arange(min(starts), ids.shape[1], device=model.device)
+    with edited(model, edits, prompt_length=lengths):
+        logits: Tensor = model(
+            ids.to(model.device), past_key_values=cache, use_cache=cache is not None, logits_to_keep=wanted
+        ).logits
+    begins = [start - min(starts) for start in starts]
+    return [
+        row[begin : begin + len(answer.answer_ids)] for row, begin, answer in zip(logits, begins, batch, strict=True)
+    ]
 
 
 def divergences(
@@ -99,17 +175,20 @@ def divergences(
     plain = [answer.prompt_ids for answer in answers] if plain_prompts is None else plain_prompts
     if not answers or len(plain) != len(answers):
         raise SettingError(f"{len(answers)} answers and {len(plain)} plain prompts: give one or more, and one for each")
-    found = []
-    for answer, prompt in progress(list(zip(answers, plain, strict=True)), "divergence", total=len(answers)):
-        steered = answer_logits(model, answer, edits)
-        unsteered = Sampled(tuple(prompt), answer.answer_ids)
-        one = divergence(steered, answer_logits(model, unsteered))
-        if draft is not None:
-            drafted = answer_logits(draft, unsteered)
-            width = min(steered.shape[-1], drafted.shape[-1])  # models of one vocabulary may pad it differently
-            one = Divergence(one.kl, *divergence(steered[:, :width], drafted[:, :width].to(steered.device))[1:])
-        found.append(one)
-    return found
+    order = by_length(answers)
+    written = [answers[index] for index in order]
+    unsteered = [Sampled(tuple(plain[index]), answers[index].answer_ids) for index in order]
+    logits = zip(order, answer_logits(model, written, edits), answer_logits(model, unsteered), strict=True)
+    drafts = None if draft is None else answer_logits(draft, unsteered)
+    found: dict[int, Divergence] = {}
+    for index, p, q in progress(logits, "divergence", total=len(answers)):
+        one = divergence(p, q)
+        if drafts is not None:
+            drafted = next(drafts)
+            width = min(p.shape[-1], drafted.shape[-1])  # models of one vocabulary may pad it differently
+            one = Divergence(one.kl, *divergence(p[:, :width], drafted[:, :width].to(p.device))[1:])
+        found[index] = one
+    return [found[index] for index in range(len(answers))]
 
 
 def meters(found: Sequence[Divergence], *, dose: float, relative: float, behaviour: float | None = None) -> Meters:
