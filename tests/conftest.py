@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -59,12 +59,13 @@ def windowed(pair: Pair) -> HeadBank:
     return windowed_bank(pair)
 
 
-def windowed_bank(pair: Pair) -> HeadBank:
+def windowed_bank(pair: Pair, forms: Sequence[Form] | None = None) -> HeadBank:
+    """A head of each form; by default all kinds."""
     assert pair.draft is not None and pair.draft_identity is not None
     random, sites = torch.Generator().manual_seed(2), evenly_spaced_sites(pair.draft, 3)
     heads = [
         seeded_head(f"{form.kind} {form.window}", sites, pair.draft_identity.hidden_size, form, random)
-        for form in WINDOWED
+        for form in forms or WINDOWED
     ]
     return HeadBank(heads, pair.draft_identity)
 

@@ -16,7 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
-from kit import Models, engine, make_models, write_settings
+import torch
+from kit import Models, engine, make_models, tap_of, write_settings
+
+from pilotfish.vllm.loops import steps_for
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +28,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 @pytest.fixture(scope="module")
-def drafting(models: Models) -> Iterator[Any]:
-    """An engine whose draft model is read."""
+def draft_engine(models: Models) -> Iterator[Any]:
     settings = write_settings(models.folder, 'banks = ["bank-draft"]\n')
     with engine(models, settings) as llm:
         yield llm
+
+
+@pytest.fixture(scope="module", params=["loops", "operations"])
+def drafting(draft_engine: Any, request: pytest.FixtureRequest) -> Any:
+    """An engine whose draft model is read, as on a CPU and as on a GPU."""
+    tap = tap_of(draft_engine)
+    steps = steps_for(tap.bank, torch.device("cpu"))
+    assert steps is not None
+    tap._steps, tap._scorer = steps if request.param == "loops" else None, None
+    draft_engine.reset_prefix_cache()
+    return draft_engine

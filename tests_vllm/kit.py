@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,9 @@ from pilotfish.vllm.record import Record
 
 HIDDEN = 128
 """Wide enough for a head size that vLLM's attention on CPUs takes."""
-FORMS = (Form(window=4), Form(kind="attention", width=2, window=3), Form(kind="mlp", width=4, window=16))
+LINEAR = (Form(window=4), Form(width=1, window=3), Form(window=16))
+MIXED = (Form(window=4), Form(kind="attention", width=2, window=3), Form(kind="mlp", width=4, window=16))
+"""On a CPU loops score a bank of linear heads, tensor operations any other."""
 LENGTH = 160
 """Longest sequence of the shared engine."""
 BLOCKS = 14
@@ -46,19 +48,21 @@ def make_models(folder: Path) -> Models:
         for parameter in draft.parameters():
             parameter.add_(0.05 * parameter.std() * torch.randn(parameter.shape, generator=random))
     banks = []
-    for name, model in (("target", target), ("draft", draft)):
+    for name, model, forms in (("target", target, MIXED), ("draft", draft, LINEAR)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-        bank = seeded_bank(model, tokenizer, name)
+        bank = seeded_bank(model, tokenizer, name, forms)
         bank.save(folder / f"bank-{name}")
         banks.append(bank)
     return Models(folder, target, draft, tokenizer, banks[1], banks[0])
 
 
-def seeded_bank(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> HeadBank:
+def seeded_bank(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, forms: Sequence[Form] = MIXED
+) -> HeadBank:
     """A head of each form on inner sites, and one of the final state alone."""
     random, sites = torch.Generator().manual_seed(2), evenly_spaced_sites(model, 3)
-    heads = [_head(f"{form.kind}-{form.window}", sites, form, random) for form in FORMS]
+    heads = [_head(f"{form.kind}-{form.window}", sites, form, random) for form in forms]
     heads.append(_head("last", sites[-1:], Form(width=1, window=1), random))
     return HeadBank(heads, identify(model, tokenizer, name))
 

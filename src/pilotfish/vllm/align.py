@@ -16,6 +16,18 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 
+class Pass(NamedTuple):
+    """What a model was run on: the rows of all requests, one request after the other."""
+
+    starts: Int[Tensor, " starts"]
+    """First row of each request, and at the end the number of rows."""
+    positions: Int[Tensor, " row"]
+    tokens: Int[Tensor, " row"]
+    slots: Int[Tensor, " row"]
+    last: Int[Tensor, " request"] | None = None
+    """Of each request the last row that counts; what follows it was rejected."""
+
+
 class Rows(NamedTuple):
     """What each row of a pass has consumed. Axis words: row, request (of the batch), block (of a request)."""
 
@@ -35,21 +47,8 @@ class Places(NamedTuple):
     is_known: Bool[Tensor, "row window"]
 
 
-def rows_of_pass(
-    starts: Int[Tensor, " starts"],
-    positions: Int[Tensor, " row"],
-    tokens: Int[Tensor, " row"],
-    slots: Int[Tensor, " row"],
-    *,
-    last: Int[Tensor, " request"] | None = None,
-    shift: int,
-) -> Rows:
-    """What a pass over a batch has consumed.
-
-    Args:
-        starts: First row of each request, and at the end the number of rows.
-        last: Of each request the last row that counts; what follows it was rejected.
-    """
+def rows_of_pass(ran: Pass, *, shift: int) -> Rows:
+    starts, positions, tokens, slots, last = ran
     index = torch.arange(len(positions), device=positions.device, dtype=starts.dtype)
     request = torch.searchsorted(starts[1:-1], index, right=True)
     slots = slots.long()

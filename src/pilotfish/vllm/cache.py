@@ -29,11 +29,11 @@ class SlotCache:
     """
 
     def __init__(self, num_slots: int, num_channels: int, device: torch.device) -> None:
-        self._rows = torch.full((num_slots + 1, num_channels + 1), torch.nan, device=device)
+        self.rows = torch.full((num_slots + 1, num_channels + 1), torch.nan, device=device)
 
     @property
     def size_bytes(self) -> int:
-        return self._rows.nbytes
+        return self.rows.nbytes
 
     def keep(
         self,
@@ -42,12 +42,12 @@ class SlotCache:
         tokens: Int[Tensor, " row"],
     ) -> None:
         """Slot -1 is of rejected tokens and padding."""
-        self._rows[slots] = torch.cat([channels, tokens[:, None].float()], dim=1)
+        self.rows[slots] = torch.cat([channels, tokens[:, None].float()], dim=1)
 
     def forget(self, slots: Int[Tensor, " row"]) -> None:
         """Tokens came to stand in these slots without being scored."""
-        self._rows[slots] = torch.nan
+        self.rows[slots] = torch.nan
 
     def read(self, slots: Int[Tensor, "row window"]) -> Kept:
-        rows = self._rows.index_select(0, slots.flatten()).view(*slots.shape, -1)
+        rows = self.rows.index_select(0, slots.flatten()).view(*slots.shape, -1)
         return Kept(rows[..., :-1], rows[:, -1, -1])

@@ -1,4 +1,4 @@
-"""States of one pass and the rows they belong to in; a table of scores, still on the device, out.
+"""States of one pass and what it was run on in; a table of scores, still on the device, out.
 
 One matmul for all metrics and rows, one scatter into the slots, one gather of windows: no loop over requests.
 """
@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pilotfish.heads import HeadBank
-from pilotfish.vllm.align import Rows, places
+from pilotfish.vllm.align import Pass, Rows, places, rows_of_pass
 from pilotfish.vllm.cache import SlotCache
+from pilotfish.vllm.loops import Loops, Steps
 
 
 class Batch(NamedTuple):
@@ -26,15 +27,26 @@ class Batch(NamedTuple):
 class Scorer:
     """A bank beside the KV cache of the model that it reads."""
 
-    def __init__(self, bank: HeadBank, *, num_slots: int, block_size: int, shift: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        bank: HeadBank,
+        *,
+        num_slots: int,
+        block_size: int,
+        shift: int,
+        device: torch.device,
+        steps: Steps | None = None,
+    ) -> None:
+        """`steps`: loops that do it in place of tensor operations."""
         self.bank = bank
         self._block_size, self._shift = block_size, shift
         self._cache = SlotCache(num_slots, bank.num_channels, device)
+        self._loops = steps and Loops(bank, steps, block_size=block_size, shift=shift)
 
     def read(
         self,
         features: Float[Tensor, "row feature"],
-        rows: Rows,
+        ran: Pass,
         batch: Batch,
         cached: Rows | None = None,
     ) -> Float[Tensor, "all column"]:
@@ -43,16 +55,19 @@ class Scorer:
         Returns:
             The rows of `cached`, then those of the pass, as `wire.StepScores.table` has them.
         """
-        return self.score(self.bank.channels(features), rows, batch, cached)
+        return self.score(self.bank.channels(features), ran, batch, cached)
 
     def score(
         self,
         channels: Float[Tensor, "row channel"],
-        rows: Rows,
+        ran: Pass,
         batch: Batch,
         cached: Rows | None = None,
     ) -> Float[Tensor, "all column"]:
         """As `read`, of what the heads have already made of the states."""
+        if self._loops is not None:
+            return self._loops(self._cache.rows, channels, ran, cached, *batch)
+        rows = rows_of_pass(ran, shift=self._shift)
         self._cache.keep(rows.slot, channels, rows.token)
         if cached is not None:
             rows = Rows(*(torch.cat([one, other.to(one)]) for one, other in zip(cached, rows, strict=True)))

@@ -12,6 +12,7 @@ from torch import Tensor
 from pilotfish.heads import HeadBank
 from pilotfish.vllm.align import Rows, rows_of_cached
 from pilotfish.vllm.host import HostCopy
+from pilotfish.vllm.loops import steps_for
 from pilotfish.vllm.scorer import Scorer
 from pilotfish.vllm.sites import Sites
 from pilotfish.vllm.wire import KEY, StepScores, no_scores
@@ -25,6 +26,7 @@ class Tap:
     def __init__(self, runner: Any, bank: HeadBank, sites: Sites, *, shift: int) -> None:
         self.runner, self.bank, self.sites, self.shift = runner, bank, sites, shift
         self._scorer: Scorer | None = None
+        self._steps = steps_for(bank, runner.device)
         self.begin()
 
     def begin(self) -> None:
@@ -48,6 +50,7 @@ class Tap:
                 block_size=block_size,
                 shift=self.shift,
                 device=self.runner.device,
+                steps=self._steps,
             )
         return self._scorer
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pilotfish.heads import HeadBank
-from pilotfish.vllm.align import rows_of_pass
+from pilotfish.vllm.align import Pass
 from pilotfish.vllm.scorer import Batch
 from pilotfish.vllm.sites import Sites
 from pilotfish.vllm.tap import Tap
@@ -93,16 +93,15 @@ class DrafterTap(V1Tap):
 
     def _read(self, coming: _Pass, final: Tensor) -> Tensor:
         num_rows, last, metadata = coming
-        rows = rows_of_pass(
+        ran = Pass(
             metadata.query_start_loc,
             self._drafter.positions[:num_rows],
             self._drafter.input_ids[:num_rows],
             metadata.slot_mapping[:num_rows],
-            last=last,
-            shift=self.shift,
+            last,
         )
         return self.scorer(self._drafter.block_size).read(
-            self.sites.features(final, num_rows), rows, self.batch(metadata.block_table_tensor), self.cached_rows()
+            self.sites.features(final, num_rows), ran, self.batch(metadata.block_table_tensor), self.cached_rows()
         )
 
 
@@ -120,16 +119,15 @@ class TargetTap(V1Tap):
     def _read(self) -> Tensor:
         runner, num_rows = self.runner, self.state.scheduler_output.total_num_scheduled_tokens
         table, num_requests = runner.input_batch.block_table[0], runner.input_batch.num_reqs
-        rows = rows_of_pass(
+        ran = Pass(
             runner.query_start_loc.gpu[: num_requests + 1],
             runner.positions[:num_rows],
             runner.input_ids.gpu[:num_rows],
             table.slot_mapping.gpu[:num_rows],
-            shift=0,
         )
         return self.scorer(table.block_size).read(
             self.sites.features(self.state.hidden_states, num_rows),
-            rows,
+            ran,
             self.batch(table.get_device_tensor(num_requests)),
             self.cached_rows(),
         )

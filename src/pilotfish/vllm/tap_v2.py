@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pilotfish.heads import HeadBank
-from pilotfish.vllm.align import rows_of_pass
+from pilotfish.vllm.align import Pass
 from pilotfish.vllm.plan import Plan
 from pilotfish.vllm.scorer import Batch
 from pilotfish.vllm.sites import Sites
@@ -75,11 +75,11 @@ class V2Tap(Tap):
     def table(self, channels: Tensor, positions: Tensor, tokens: Tensor, starts: Tensor, last: Tensor | None) -> Tensor:
         """Scores of the rows of a pass, and of what the prefix cache spared."""
         batch = self._batch
-        rows = rows_of_pass(starts, positions, tokens, self.slots(positions, starts), last=last, shift=self.shift)
+        ran = Pass(starts, positions, tokens, self.slots(positions, starts), last)
         prompts = self.runner.req_states.prompt_len.gpu[batch.idx_mapping[: batch.num_reqs]]
         scorer = self.scorer(self.runner.block_tables.block_sizes[self.group])
         return scorer.score(
-            channels, rows, Batch(self.blocks(batch.num_reqs), prompts), self.cached(self._step, batch.req_ids.index)
+            channels, ran, Batch(self.blocks(batch.num_reqs), prompts), self.cached(self._step, batch.req_ids.index)
         )
 
     _batch: Any = None
