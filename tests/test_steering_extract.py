@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pilotfish.core import Site
 from pilotfish.errors import SettingError, TextError
 from pilotfish.models import FAMILIES, LoadedModel, identify, tiny_model, tiny_tokenizer
 from pilotfish.steering import ExtractConfig, activation_addition, extract
+from pilotfish.steering.beginning import read_beginning
 from pilotfish.steering.pairs import tokenized
 from pilotfish.taps import When, edited, tapped
 from pilotfish.texts import Contrast
@@ -29,6 +31,7 @@ CONTRASTS = [
     ),
 ]
 TOKENS = ("last", "letter", "answer")
+PLAIN = ExtractConfig(chat=False)
 
 
 def loaded(family: str = "llama", *, bos: bool = False, padding_side: str = "right") -> LoadedModel:
@@ -112,6 +115,23 @@ def test_a_chat_template_writes_its_own_bos_and_no_second_one_is_added() -> None
     side = tokenized(CONTRASTS[0], loaded(bos=True).tokenizer, tokens="last", chat=True).positive
     assert side.token_ids[0] == bos_id()
     assert side.token_ids[1] != bos_id()
+
+
+@pytest.mark.parametrize("num_words", [1, 12])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_all_prompts_begin_with_is_run_once_and_changes_nothing(family: str, num_words: int) -> None:
+    """Once it is long enough to be worth a pass, and also where a prompt is nothing else."""
+    model, said = loaded(family), "return the value of " * num_words
+    contrasts = [replace(one, prompt=said + one.prompt) for one in CONTRASTS]
+    read = read_beginning(
+        model.model,
+        [tokenized(one, model.tokenizer, tokens="last", chat=False).positive.token_ids for one in contrasts],
+    )
+    assert (read.num_tokens > 0) == (num_words == 12)
+    found = extract(contrasts, model, name="yes", sites=SITES, config=ExtractConfig(chat=False, batch_tokens=200))
+    for site in SITES:
+        each = [extract([one], model, name="yes", sites=[site], config=PLAIN)[site].vector for one in contrasts]
+        torch.testing.assert_close(found[site].vector, torch.stack(each).mean(0), atol=5e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 100, 100_000])

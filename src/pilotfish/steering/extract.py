@@ -15,6 +15,7 @@ from pilotfish.core import Site
 from pilotfish.errors import SettingError, TextError
 from pilotfish.models import LoadedModel, num_layers
 from pilotfish.runs import progress
+from pilotfish.steering.beginning import Beginning, read_beginning
 from pilotfish.steering.card import DirectionCard, PairsCard
 from pilotfish.steering.direction import Direction
 from pilotfish.steering.pairs import TokenPair, Tokens, tokenized
@@ -37,8 +38,8 @@ class ExtractConfig:
     """Which tokens of an answer are read."""
     chat: bool = True
     """Render with the tokenizer's chat template; else prompt and answer one after the other, as a base model reads."""
-    batch_tokens: int = 2048
-    """Tokens of a forward pass."""
+    batch_tokens: int = 768
+    """Tokens of a forward pass. A few hundred keep a CPU busy, and more of them are more padding."""
     penalty: float = 1.0
     """Inverse of scikit-learn's C: how strongly `logistic` is held back. Features are scaled to variance 1 on average
     over hidden units, so that it means the same at every layer."""
@@ -63,10 +64,11 @@ def extract(
 ) -> dict[Site, Direction]:
     """Reads a direction at every site; the outputs of all blocks by default.
 
-    Each prompt is run once, its two answers on top of it. Pairs with like prompts make a batch; no row is padded on its
-    left, and what pads it on its right comes after every token that is read, so no mask is needed: under causal
-    attention every state is that of the text alone. Memory is bounded by one batch; the methods other than
-    `mean_difference` keep the two read states of each pair besides, not the activations.
+    What all prompts begin with is run once, the rest of each prompt on top of it, and its two answers on top of that.
+    Pairs with like prompts make a batch; no row is padded on its left, and what pads it on its right comes after every
+    token that is read, so no mask is needed: under causal attention every state is that of the text alone. Memory is
+    bounded by one batch; the methods other than `mean_difference` keep the two read states of each pair besides, not
+    the activations.
 
     Raises:
         TextError: there are no contrasts, an answer cannot be read, or a text is longer than the model takes.
@@ -134,14 +136,16 @@ def _check(model: PreTrainedModel, contrasts: Sequence[Contrast], pairs: Sequenc
             )
 
 
-def _batches(pairs: Sequence[TokenPair], batch_tokens: int) -> list[list[TokenPair]]:
-    """Pairs whose beginnings are about equally long, the shortest first: what all of a batch share is run once."""
+def _batches(pairs: Sequence[TokenPair], begun: int, batch_tokens: int) -> list[list[TokenPair]]:
+    """Pairs whose beginnings are about equally long, the shortest first: what both sides of all share is run once a
+    pair, and of it what was `begun` not at all.
+    """
     batches: list[list[TokenPair]] = []
     shared = longest = 0
     for pair in sorted(pairs, key=lambda pair: pair.num_shared):
         size = max(len(side.token_ids) for side in pair)
         longest = max(longest, size)
-        if not batches or (len(batches[-1]) + 1) * (shared + 2 * (longest - shared)) > batch_tokens:
+        if not batches or (len(batches[-1]) + 1) * (2 * longest - shared - begun) > batch_tokens:
             batches.append([])
             shared, longest = pair.num_shared, size
         batches[-1].append(pair)
@@ -151,21 +155,22 @@ def _batches(pairs: Sequence[TokenPair], batch_tokens: int) -> list[list[TokenPa
 def _states(
     model: PreTrainedModel, sites: Sequence[Site], pairs: Sequence[TokenPair], batch_tokens: int
 ) -> Iterator[dict[Site, Float[Tensor, "pair side hidden"]]]:
-    for batch in progress(_batches(pairs, batch_tokens), "reading pairs"):
-        yield _read(model, sites, batch)
+    beginning = read_beginning(model, [pair.positive.token_ids[: pair.num_shared] for pair in pairs])
+    for batch in progress(_batches(pairs, beginning.num_tokens, batch_tokens), "reading pairs"):
+        yield _read(model, sites, batch, beginning)
 
 
 @torch.no_grad()
 def _read(
-    model: PreTrainedModel, sites: Sequence[Site], batch: Sequence[TokenPair]
+    model: PreTrainedModel, sites: Sequence[Site], batch: Sequence[TokenPair], beginning: Beginning
 ) -> dict[Site, Float[Tensor, "pair side hidden"]]:
     """The mean of the read tokens of each side, in float32 or wider."""
-    shared = batch[0].num_shared
-    cache = None
-    if shared:
-        beginnings = torch.tensor([pair.positive.token_ids[:shared] for pair in batch], device=model.device)
-        cache = model.base_model(beginnings, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(2)
+    begun, shared = beginning.num_tokens, batch[0].num_shared
+    cache = beginning.for_rows(len(batch))
+    if shared > begun:
+        prompts = torch.tensor([pair.positive.token_ids[begun:shared] for pair in batch], device=model.device)
+        model.base_model(prompts, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(2)
     rests = [(side.token_ids[shared:], side.start - shared) for pair in batch for side in pair]
     width = max(len(rest) for rest, _ in rests)
     precise = torch.promote_types(model.dtype, torch.float32)
@@ -176,7 +181,7 @@ def _read(
         weights[row, start : len(rest)] = 1 / (len(rest) - start)
     weights = weights.to(model.device)
     with tapped(model, sites) as taps:
-        model.base_model(ids.to(model.device), past_key_values=cache, use_cache=cache is not None)
+        model.base_model(ids.to(model.device), past_key_values=cache, use_cache=True)
         read = {site: torch.einsum("st,sth->sh", weights, value.to(precise)) for site, value in taps.items()}
     return {site: value.reshape(len(batch), 2, -1).cpu() for site, value in read.items()}
 

@@ -8,22 +8,19 @@ model itself wrote: a text of the unsteered one does not show where steering lea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pilotfish.errors import SettingError
 from pilotfish.runs import progress
+from pilotfish.steering.beginning import Beginning, read_beginning
 from pilotfish.steering.rollouts import Sampled
 from pilotfish.taps import Edit, edited
-
-WORTH_A_PASS = 64
-"""Tokens that must be saved for a pass of their own to pay."""
 
 Behaviour = Callable[[Sequence[Edit], Sequence[Sampled]], float]
 """Edits, and the answers written under them, to one figure: the larger, the more of what is wanted."""
@@ -89,23 +86,14 @@ def answer_logits(
     """
     if any(edit.when.rows is not None for edit in edits):
         raise SettingError("the meters put texts into batches as it suits; give edits that name no `rows`")
-    shared = _num_shared(answers)
-    cache = _read(model, answers[0].prompt_ids[:shared], edits) if shared else None
-    for batch in _batches(answers, shared, batch_tokens):
-        yield from _batch_logits(model, batch, edits, cache)
+    beginning = read_beginning(model, [answer.prompt_ids[:-1] for answer in answers], edits)
+    for batch in _batches(answers, beginning.num_tokens, batch_tokens):
+        yield from _batch_logits(model, batch, edits, beginning)
 
 
 def by_length(answers: Sequence[Sampled]) -> list[int]:
     """Indices of answers, the shortest text first."""
     return sorted(range(len(answers)), key=lambda index: sum(map(len, answers[index])))
-
-
-def _num_shared(answers: Sequence[Sampled]) -> int:
-    """Tokens that all prompts begin with, their last ones left out; 0 where they are too few to be worth a pass."""
-    limit = min((len(answer.prompt_ids) for answer in answers), default=1) - 1
-    columns = zip(*(answer.prompt_ids[:limit] for answer in answers), strict=True)
-    shared = next((index for index, column in enumerate(columns) if len(set(column)) > 1), limit)
-    return shared if shared * (len(answers) - 1) >= WORTH_A_PASS else 0
 
 
 def _batches(answers: Sequence[Sampled], shared: int, batch_tokens: int) -> Iterator[list[Sampled]]:
@@ -122,21 +110,10 @@ def _batches(answers: Sequence[Sampled], shared: int, batch_tokens: int) -> Iter
 
 
 @torch.inference_mode()
-def _read(model: PreTrainedModel, beginning: Sequence[int], edits: Sequence[Edit]) -> DynamicCache:
-    cache = DynamicCache()  # full layers even for sliding-window models
-    with edited(model, edits, prompt_length=len(beginning)):
-        model.base_model(torch.tensor([beginning], device=model.device), past_key_values=cache, use_cache=True)
-    return cache
-
-
-@torch.inference_mode()
 def _batch_logits(
-    model: PreTrainedModel, batch: Sequence[Sampled], edits: Sequence[Edit], cache: DynamicCache | None
+    model: PreTrainedModel, batch: Sequence[Sampled], edits: Sequence[Edit], beginning: Beginning
 ) -> list[Float[Tensor, "token vocab"]]:
-    shared = 0 if cache is None else int(cache.get_seq_length())
-    if cache is not None:
-        cache = deepcopy(cache)
-        cache.batch_repeat_interleave(len(batch))
+    shared = beginning.num_tokens
     rests = [[*prompt[shared:], *answer[:-1]] for prompt, answer in batch]
     ids = torch.zeros(len(batch), max(map(len, rests)), dtype=torch.long)
     for row, rest in zip(ids, rests, strict=True):
@@ -144,9 +121,10 @@ def _batch_logits(
     lengths = [len(answer.prompt_ids) for answer in batch]
     starts = [length - 1 - shared for length in lengths]
     wanted = torch.arange(min(starts), ids.shape[1], device=model.device)
+    cache = beginning.for_rows(len(batch))
     with edited(model, edits, prompt_length=lengths):
         logits: Tensor = model(
-            ids.to(model.device), past_key_values=cache, use_cache=cache is not None, logits_to_keep=wanted
+            ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=wanted
         ).logits
     begins = [start - min(starts) for start in starts]
     return [
