@@ -334,7 +334,7 @@ def test_a_head_that_breaks_stops_a_gated_answer_and_never_fails_open(pair, tmp_
     bank = seeded_bank(pair, reader="draft")
     rule = Rule(metric="wide", action="stop", threshold=0.99, scope="answer")
     with running(EmbeddedEngine(pair, [bank]), tmp_path, policy=Policy(rules=(rule,))) as server:
-        monkeypatch.setattr(bank, "_weight", bank._weight[:3])  # no matmul fits now
+        monkeypatch.setattr(bank, "weight", bank.weight[:3])  # no matmul fits now
         with client_of(server) as client:
             choice = asked(client, EmbeddedEngine(pair)).choices[0]
     assert choice.finish_reason == "content_filter"

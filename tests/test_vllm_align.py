@@ -12,7 +12,7 @@ from pilotfish.heads import Form
 from pilotfish.models import Pair
 from pilotfish.vllm.align import Pass, places, rows_of_cached, rows_of_pass
 from pilotfish.vllm.cache import SlotCache
-from pilotfish.vllm.loops import Steps, keep_rows, score_rows, steps_for
+from pilotfish.vllm.loops import Loops, Steps, keep_rows, read_rows, score_rows, steps_for
 from pilotfish.vllm.scorer import Batch, Scorer
 
 BLOCK = 4
@@ -23,7 +23,7 @@ both_ways = pytest.mark.parametrize("is_loop", [False, True], ids=["operations",
 def scorer_of(pair: Pair, is_loop: bool, *, num_slots: int, shift: int = 0) -> Scorer:
     """With heads of all forms, or with linear ones and the loops (as Python runs it)."""
     bank = windowed_bank(pair, LINEAR) if is_loop else windowed_bank(pair)
-    steps = Steps(keep_rows, score_rows) if is_loop else None
+    steps = Steps(read_rows, keep_rows, score_rows) if is_loop else None
     return Scorer(bank, num_slots=num_slots, block_size=BLOCK, shift=shift, device=torch.device("cpu"), steps=steps)
 
 
@@ -97,7 +97,9 @@ def test_scores_in_steps_and_batches_are_those_of_whole_texts(pair, is_loop, len
         owner = torch.tensor([i for i, part in enumerate(parts) for _ in part])
         slots = blocks[owner, at // BLOCK] * BLOCK + at % BLOCK
         given_features = torch.cat([features[i][part.start : part.stop] for i, part in enumerate(parts) if part])
-        table = scorer.read(given_features, Pass(starts, at, at + 100, slots), Batch(blocks, num_prompt_tokens))
+        table = scorer.score(
+            bank.channels(given_features), Pass(starts, at, at + 100, slots), Batch(blocks, num_prompt_tokens)
+        )
         assert table[:, 2].tolist() == (at + 100).tolist()
         for row in table:
             found[int(row[0])][int(row[1])] = row[3:]
@@ -111,10 +113,12 @@ def test_what_was_cached_comes_first_and_with_the_same_scores(pair, is_loop):
     scorer = scorer_of(pair, is_loop, num_slots=32)
     features = torch.randn(8, 3 * scorer.bank.identity.hidden_size, generator=torch.Generator().manual_seed(0))
     place = torch.arange(8)
-    first = scorer.read(features, Pass(ints(0, 8), place, place, place), Batch(ints(0, 1)[None], ints(8)))
+    first = scorer.score(
+        scorer.bank.channels(features), Pass(ints(0, 8), place, place, place), Batch(ints(0, 1)[None], ints(8))
+    )
     late = Pass(ints(0, 4), place[4:], place[4:], place[4:] + 16)
     spared = rows_of_cached([0], [4], shift=0, device=torch.device("cpu"))
-    again = scorer.read(features[4:], late, Batch(ints(0, 5)[None], ints(8)), spared)
+    again = scorer.score(scorer.bank.channels(features[4:]), late, Batch(ints(0, 5)[None], ints(8)), spared)
     assert torch.equal(first[:4], again[:4])
     torch.testing.assert_close(first, again, atol=1e-6, rtol=0)
 
@@ -125,7 +129,7 @@ def test_a_rejected_row_is_nobodys(pair, is_loop, slot):
     scorer = scorer_of(pair, is_loop, num_slots=8)
     ran = Pass(ints(0, 1), ints(3), ints(5), ints(slot))
     features = torch.zeros(1, 3 * scorer.bank.identity.hidden_size)
-    table = scorer.read(features, ran, Batch(ints(0, 1)[None], ints(0)))
+    table = scorer.score(scorer.bank.channels(features), ran, Batch(ints(0, 1)[None], ints(0)))
     assert int(table[0, 0]) == (-1 if slot < 0 else 0)
 
 
@@ -135,10 +139,12 @@ def test_what_follows_the_last_row_that_counts_is_nobodys_and_is_not_kept(pair, 
     features = torch.ones(5, 3 * scorer.bank.identity.hidden_size)
     ran = Pass(ints(0, 3, 5), ints(0, 1, 2, 0, 1), ints(1, 2, 3, 4, 5), ints(0, 1, 2, 8, 9), ints(1, 4))
     batch = Batch(torch.stack([ints(0, 1), ints(2, 3)]), ints(1, 1))
-    table = scorer.read(features, ran, batch)
+    table = scorer.score(scorer.bank.channels(features), ran, batch)
     assert table[:, 0].tolist() == [0, 0, -1, 1, 1]
     spared = rows_of_cached([0], [3], shift=0, device=torch.device("cpu"))
-    again = scorer.read(features[3:], Pass(ints(0, 0, 2), *(part[3:] for part in ran[1:4])), batch, spared)
+    again = scorer.score(
+        scorer.bank.channels(features[3:]), Pass(ints(0, 0, 2), *(part[3:] for part in ran[1:4])), batch, spared
+    )
     assert again[:3, 3:].isnan().all(-1).tolist() == [False, False, True]
 
 
@@ -146,10 +152,10 @@ def test_what_follows_the_last_row_that_counts_is_nobodys_and_is_not_kept(pair, 
 def test_a_slot_that_was_forgotten_has_no_score(pair, is_loop):
     scorer = scorer_of(pair, is_loop, num_slots=8)
     batch, features = Batch(ints(0, 1)[None], ints(0)), torch.zeros(2, 3 * scorer.bank.identity.hidden_size)
-    scorer.read(features, Pass(ints(0, 2), ints(0, 1), ints(5, 6), ints(0, 1)), batch)
+    scorer.score(scorer.bank.channels(features), Pass(ints(0, 2), ints(0, 1), ints(5, 6), ints(0, 1)), batch)
     scorer.forget(ints(1))
     spared = rows_of_cached([0], [2], shift=0, device=torch.device("cpu"))
-    table = scorer.read(features[:1], Pass(ints(0, 1), ints(2), ints(7), ints(2)), batch, spared)
+    table = scorer.score(scorer.bank.channels(features[:1]), Pass(ints(0, 1), ints(2), ints(7), ints(2)), batch, spared)
     assert table[:, 3:].isnan().any(-1).tolist() == [False, True, True]
 
 
@@ -158,7 +164,22 @@ def test_the_loops_write_and_read_nothing_outside_the_cache(pair, slot, position
     scorer = scorer_of(pair, True, num_slots=8)
     features = torch.zeros(1, 3 * scorer.bank.identity.hidden_size)
     with pytest.raises(IndexError, match="lies outside"):
-        scorer.read(features, Pass(ints(0, 1), ints(position), ints(5), ints(slot)), Batch(ints(0, 1)[None], ints(0)))
+        scorer.score(
+            scorer.bank.channels(features),
+            Pass(ints(0, 1), ints(position), ints(5), ints(slot)),
+            Batch(ints(0, 1)[None], ints(0)),
+        )
+
+
+def test_the_loop_reads_bfloat16_as_the_matmul_does_and_lets_nan_stay(pair):
+    bank, random = windowed_bank(pair, LINEAR), torch.Generator().manual_seed(0)
+    states = [torch.randn(7, bank.identity.hidden_size, generator=random).bfloat16() for _ in bank.sites]
+    states[1][2, 3] = torch.nan
+    loops = Loops(bank, Steps(read_rows, keep_rows, score_rows), block_size=BLOCK, shift=0)
+    found = loops.channels(tuple(part.view(torch.uint16).numpy() for part in states), 5)
+    wanted = bank.channels(torch.cat(states, dim=-1)[:5])
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0, equal_nan=True)
+    assert found.isnan().all(-1).tolist() == [False, False, True, False, False]
 
 
 def test_heads_of_other_forms_and_other_devices_are_left_to_tensor_operations(pair):

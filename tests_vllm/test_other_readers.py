@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import HIDDEN, Models, engine, expected, finished, generate, running, seeded_bank, write_settings
+from kit import HIDDEN, Models, engine, expected, finished, generate, running, seeded_bank, tap_of, write_settings
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
@@ -52,6 +52,20 @@ def eagle(models: Models) -> Iterator[Any]:
     spec = {"method": "eagle", "model": str(folder), "num_speculative_tokens": 2}
     with engine(models, settings, speculative_config=spec, max_num_batched_tokens=128) as llm:
         yield llm
+
+
+def test_states_in_bfloat16_are_read_by_loops_as_by_tensor_operations(models):
+    settings = write_settings(models.folder, 'banks = ["bank-draft"]\n', "bfloat16.toml")
+    with engine(models, settings, dtype="bfloat16") as llm:
+        tap, found = tap_of(llm), []
+        for is_loop in (True, False):
+            llm.reset_prefix_cache()
+            if not is_loop:
+                tap._steps, tap._scorer = None, None
+            record = finished(generate(llm, [TEXT], max_tokens=24)[0][0])
+            found.append((record.generation.tokens[-1].id, running(record)))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-5, rtol=0)
 
 
 def test_an_eagle_drafter_has_no_state_of_the_first_token_and_one_of_every_other(eagle):

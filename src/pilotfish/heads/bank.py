@@ -78,8 +78,8 @@ class HeadBank:
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(site for head in heads for site in head.sites))
         for head in heads:
             self._check_shape(head)
-        self._weight = torch.cat([self._widened(head) for head in heads])
-        self._bias = torch.cat([head.bias.float() for head in heads])
+        self.weight = torch.cat([self._widened(head) for head in heads]).T.contiguous()
+        self.bias = torch.cat([head.bias.float() for head in heads])
         self._groups = _grouped(self.heads)
         self.window = max(head.form.window for head in heads)
         """Tokens that a score looks back on at most, the current one included."""
@@ -111,14 +111,14 @@ class HeadBank:
     @property
     def num_channels(self) -> int:
         """Of all heads together."""
-        return len(self._bias)
+        return len(self.bias)
 
     def channels(self, features: Float[Tensor, "token feature"]) -> Float[Tensor, "token channel"]:
         """What the heads make of each token by itself, from one matmul in float32."""
-        if self._weight.device != features.device:  # follow the model, once
-            self._weight, self._bias = self._weight.to(features.device), self._bias.to(features.device)
+        if self.weight.device != features.device:  # follow the model, once
+            self.weight, self.bias = self.weight.to(features.device), self.bias.to(features.device)
             self._groups = [_Group(form, *(item.to(features.device) for item in rest)) for form, *rest in self._groups]
-        return torch.addmm(self._bias[:, None], self._weight, features.float().T).T  # twice as fast for many tokens
+        return torch.addmm(self.bias, features.float(), self.weight)
 
     def score(self, channels: Float[Tensor, "past_and_new channel"], num_new: int, *, boundary: int = 0) -> BankScores:
         """Probabilities of the last `num_new` tokens.

@@ -1,7 +1,8 @@
-"""Channels of a pass and what it was run on in; a table of scores out, from compiled loops on a CPU.
+"""States of a pass and what it was run on in; a table of scores out, from compiled loops on a CPU.
 
-They give what the tensor operations of `scorer` give, of which a CPU spends more time on beginning each than on
-carrying it out. Numba, which vLLM itself needs, compiles them.
+They give what the tensor operations of `scorer` give. A model's pass empties the caches, so that each kind of operation
+after it costs tens of microseconds to begin, however small it is; a loop is one. Numba, which vLLM itself needs,
+compiles them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int, Int64, UInt16
 from torch import Tensor
 
 from pilotfish.heads import HeadBank
@@ -22,8 +23,9 @@ from pilotfish.vllm.align import Pass, Rows
 
 
 class Steps(NamedTuple):
-    """`keep_rows` and `score_rows`, compiled or not."""
+    """`read_rows`, `keep_rows` and `score_rows`, compiled or not."""
 
+    read: Callable[..., Any]
     keep: Callable[..., Any]
     score: Callable[..., Any]
 
@@ -38,10 +40,15 @@ class Loops:
             np.array([ends - [form.width for form in forms], ends - 1, [form.window for form in forms]]),
             np.array([float(head.outputs[-1]) for head in bank.heads], dtype=np.float32),
         )
-        self._keep, self._score = steps
+        self._weight, self._bias = bank.weight.T.contiguous().numpy(), bank.bias.numpy()
+        self._read, self._keep, self._score = steps
         self._block_size, self._shift = block_size, shift
 
-    def __call__(
+    def channels(self, bits: tuple[UInt16[np.ndarray, "some hidden"], ...], size: int) -> Float[Tensor, "row channel"]:
+        """As `HeadBank.channels`, of so many rows in bfloat16: `Sites.bits`."""
+        return torch.from_numpy(self._read(bits, size, self._weight, self._bias))
+
+    def score(
         self,
         kept: Float[Tensor, "slot entry"],
         channels: Float[Tensor, "row channel"],
@@ -72,18 +79,51 @@ def steps_for(bank: HeadBank, device: torch.device) -> Steps | None:
     """None where tensor operations do it: on a GPU, for heads of other forms, without Numba."""
     is_linear = all(head.form.kind == "linear" for head in bank.heads)
     has_numba = importlib.util.find_spec("numba") is not None
-    return compiled() if device.type == "cpu" and is_linear and has_numba else None
+    return compiled(len(bank.sites)) if device.type == "cpu" and is_linear and has_numba else None
 
 
 @functools.cache
-def compiled() -> Steps:
+def compiled(num_sites: int) -> Steps:
     """Machine code; takes seconds, once a process."""
     import numba
+    from llvmlite.binding import ffi
 
+    # An engine that starts in this process later has vLLM 0.32 look into each object that any module holds: this one
+    # would say that it has attributes, and hand out a function in their place.
+    ffi.lib._fntab["__dict__"] = {}
+    read = f"float32[:,::1](UniTuple(uint16[:,::1], {num_sites}), int64, float32[:,::1], float32[::1])"
     keep = "int64[:](float32[:,::1], float32[:,:], int64[:], int64[:], int64[:], int64[:])"
     batch, heads = "Tuple((int32[:,:], int64[:]))", "Tuple((int64[:,::1], float32[::1]))"
     score = f"float32[:,::1](float32[:,::1], int64[:], int64[:], {batch}, {heads}, int64, int64)"
-    return Steps(numba.njit(keep)(keep_rows), numba.njit(score)(score_rows))
+    reads = numba.njit(read, fastmath={"reassoc", "contract"})(read_rows)  # sums in any order; NaN stays NaN
+    return Steps(reads, numba.njit(keep)(keep_rows), numba.njit(score)(score_rows))
+
+
+def read_rows(bits: Any, num_rows: int, weight: Any, bias: Any) -> Any:
+    """What the heads make of each row by itself.
+
+    Args:
+        bits: Of each site the states in bfloat16, rows and more x hidden units: the upper halves of float32.
+        weight: Channels x hidden units, one site after the other.
+
+    Returns:
+        Float32, rows x channels.
+    """
+    num_channels, hidden = len(bias), bits[0].shape[1]
+    found = np.empty((num_rows, num_channels), dtype=np.float32)
+    whole = np.empty(hidden, dtype=np.uint32)
+    values = whole.view(np.float32)
+    for row in range(num_rows):
+        found[row] = bias
+        for site in range(len(bits)):
+            for unit in range(hidden):
+                whole[unit] = np.uint32(bits[site][row, unit]) << np.uint32(16)
+            for channel in range(num_channels):
+                total = np.float32(0)
+                for unit in range(hidden):
+                    total += weight[channel, site * hidden + unit] * values[unit]
+                found[row, channel] += total
+    return found
 
 
 def keep_rows(kept: Any, channels: Any, starts: Any, last: Any, slots: Any, tokens: Any) -> Any:

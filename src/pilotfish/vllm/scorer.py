@@ -15,6 +15,7 @@ from pilotfish.heads import HeadBank
 from pilotfish.vllm.align import Pass, Rows, places, rows_of_pass
 from pilotfish.vllm.cache import SlotCache
 from pilotfish.vllm.loops import Loops, Steps
+from pilotfish.vllm.sites import Sites
 
 
 class Batch(NamedTuple):
@@ -45,17 +46,26 @@ class Scorer:
 
     def read(
         self,
-        features: Float[Tensor, "row feature"],
+        sites: Sites,
+        final: Float[Tensor, "some hidden"],
         ran: Pass,
         batch: Batch,
         cached: Rows | None = None,
     ) -> Float[Tensor, "all column"]:
         """Scores what a pass has read, and before it what a prefix cache has spared.
 
+        Args:
+            final: What the model returned.
+
         Returns:
             The rows of `cached`, then those of the pass, as `wire.StepScores.table` has them.
         """
-        return self.score(self.bank.channels(features), ran, batch, cached)
+        bits, num_rows = sites.bits(final) if self._loops else None, len(ran.positions)
+        if self._loops is None or bits is None:
+            channels = self.bank.channels(sites.features(final, num_rows))
+        else:
+            channels = self._loops.channels(bits, num_rows)
+        return self.score(channels, ran, batch, cached)
 
     def score(
         self,
@@ -66,7 +76,7 @@ class Scorer:
     ) -> Float[Tensor, "all column"]:
         """As `read`, of what the heads have already made of the states."""
         if self._loops is not None:
-            return self._loops(self._cache.rows, channels, ran, cached, *batch)
+            return self._loops.score(self._cache.rows, channels, ran, cached, *batch)
         rows = rows_of_pass(ran, shift=self._shift)
         self._cache.keep(rows.slot, channels, rows.token)
         if cached is not None:

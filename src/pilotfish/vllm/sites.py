@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt16
 from torch import Tensor, nn
 
 from pilotfish.core import Site
@@ -20,11 +21,13 @@ from pilotfish.models import FAMILIES, family_named
 
 def _copy(hidden: Tensor, residual: Tensor | None, buffer: Tensor) -> None:
     """Copies `hidden` (with `residual`, where vLLM has not yet added it) into the first rows of the buffer."""
-    size = min(len(hidden), len(buffer))
+    into = buffer[: len(hidden)]
+    if len(into) < len(hidden):
+        hidden, residual = hidden[: len(into)], residual if residual is None else residual[: len(into)]
     if residual is None:
-        buffer[:size].copy_(hidden[:size])
+        into.copy_(hidden)
     else:
-        torch.add(hidden[:size], residual[:size], out=buffer[:size])
+        torch.add(hidden, residual, out=into)
 
 
 _SCHEMA = "(Tensor hidden, Tensor? residual, Tensor(a!) buffer) -> ()"
@@ -33,19 +36,18 @@ keep = torch.library.custom_op("pilotfish::keep", _copy, mutates_args=("buffer",
 keep.register_fake(lambda hidden, residual, buffer: None)
 
 
-def _write(hidden: Tensor, residual: Tensor | None, buffer: Tensor) -> None:
-    write = torch.ops.pilotfish.keep if torch.compiler.is_compiling() else _copy  # the dispatcher costs 20 us a call
-    write(hidden, residual, buffer)
-
-
 class Sites:
     """The buffers of one model's sites, in the order in which the bank reads them."""
 
     def __init__(self, model: nn.Module, model_type: str, sites: tuple[Site, ...], num_rows: int) -> None:
         """Raises `BankMismatch` when the model has no such site, as far as this plugin knows it."""
         weight = next(model.parameters())
-        self._sites = sites
+        self._sites, self._on_cpu = sites, weight.device.type == "cpu"
+        self.are_wanted = True
+        """Whether the coming pass will be read. A compiled or captured pass writes its buffers all the same."""
         self._buffers: dict[Site, Tensor] = {}
+        self._bits: dict[Site, UInt16[np.ndarray, "row hidden"]] = {}
+        """Of the buffers, of the same memory."""
         for site in sites:
             if site.stream == "final":
                 continue
@@ -53,13 +55,49 @@ class Sites:
             width = int(getattr(model, "config").hidden_size)  # noqa: B009  # a module's attributes are tensors to mypy
             buffer = torch.zeros(num_rows, width, dtype=weight.dtype, device=weight.device)
             self._buffers[site] = buffer
-            module.forward = _keeping(module.forward, site, buffer)
+            if buffer.dtype == torch.bfloat16 and self._on_cpu:
+                self._bits[site] = _bits(buffer)
+            module.forward = self._keeping(module.forward, site, buffer)
 
     def features(self, final: Float[Tensor, "some hidden"], num_rows: int) -> Float[Tensor, "row feature"]:
         """Of the first rows of the last pass; `final` is what the model returned."""
         if not self._buffers:
             return final[:num_rows]
         return torch.cat([self._buffers.get(site, final)[:num_rows] for site in self._sites], dim=-1)
+
+    def bits(self, final: Float[Tensor, "some hidden"]) -> tuple[UInt16[np.ndarray, "any hidden"], ...] | None:
+        """Of each site the last pass's rows, and behind them whatever an earlier pass left, without a copy.
+
+        Returns:
+            None where states are not kept in bfloat16 on a CPU.
+        """
+        if final.dtype != torch.bfloat16 or not self._on_cpu:
+            return None
+        last = _bits(final)
+        return tuple(self._bits.get(site, last) for site in self._sites)
+
+    def _keeping(self, forward: Callable[..., Any], site: Site, buffer: Tensor) -> Callable[..., Any]:
+        def before(*args: Any, **kwargs: Any) -> Any:
+            self._write(*_block_inputs(args, kwargs), buffer)
+            return forward(*args, **kwargs)
+
+        def after(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            hidden, residual = output if isinstance(output, tuple) else (output, None)
+            self._write(hidden, residual, buffer)
+            return output
+
+        return before if site.stream == "resid_pre" else after
+
+    def _write(self, hidden: Tensor, residual: Tensor | None, buffer: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            torch.ops.pilotfish.keep(hidden, residual, buffer)
+        elif self.are_wanted:
+            _copy(hidden, residual, buffer)  # past the dispatcher, which costs 20 us a call
+
+
+def _bits(states: Tensor) -> UInt16[np.ndarray, "row hidden"]:
+    return states.contiguous().view(torch.uint16).numpy()
 
 
 def _module_of(model: nn.Module, model_type: str, site: Site) -> nn.Module:
@@ -72,21 +110,6 @@ def _module_of(model: nn.Module, model_type: str, site: Site) -> nn.Module:
             f"the bank reads site {site}, which is not known in vLLM's {type(model).__name__}; known are models of the "
             f"families {', '.join(FAMILIES)} whose modules vLLM names alike. Fit a bank on the site `final` alone"
         ) from error
-
-
-def _keeping(forward: Callable[..., Any], site: Site, buffer: Tensor) -> Callable[..., Any]:
-    def before(*args: Any, **kwargs: Any) -> Any:
-        hidden, residual = _block_inputs(args, kwargs)
-        _write(hidden, residual, buffer)
-        return forward(*args, **kwargs)
-
-    def after(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        hidden, residual = output if isinstance(output, tuple) else (output, None)
-        _write(hidden, residual, buffer)
-        return output
-
-    return before if site.stream == "resid_pre" else after
 
 
 def _block_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:

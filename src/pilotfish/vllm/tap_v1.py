@@ -1,9 +1,9 @@
 """vLLM's V1 model runner in; a table of scores beside each step's output out.
 
 A drafter begins every proposal with a pass over what the target has just verified and the token that follows, so the
-scores of a step's tokens are there in the same step. Between that pass and the drafter's further ones a hook on the
-drafter's outermost module, which runs eagerly, turns states into scores. Without a drafter the target's states are read
-after its pass: then the newest token's score comes one step later.
+scores of a step's tokens are there in the same step. Between that pass and the drafter's further ones, which are not
+read, a hook on the drafter's outermost module, which runs eagerly, turns states into scores. Without a drafter the
+target's states are read after its pass: then the newest token's score comes one step later.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class DrafterTap(V1Tap):
 
         def set_inputs_first_pass(*args: Any, **kwargs: Any) -> Any:
             num_rows, last, metadata = prepare(*args, **kwargs)
-            self._coming = _Pass(num_rows, last, metadata)
+            self._coming, self.sites.are_wanted = _Pass(num_rows, last, metadata), True
             return num_rows, last, metadata
 
         self._drafter.set_inputs_first_pass = set_inputs_first_pass
@@ -86,7 +86,7 @@ class DrafterTap(V1Tap):
             self.forget(self.state.spec_decode_common_attn_metadata.slot_mapping)
 
     def _after_pass(self, module: Any, args: Any, output: Any) -> None:
-        coming, self._coming = self._coming, None
+        coming, self._coming, self.sites.are_wanted = self._coming, None, False
         if coming is not None:
             final = output[0] if isinstance(output, tuple) else output
             self.guarded(lambda: self._read(coming, final))
@@ -101,7 +101,7 @@ class DrafterTap(V1Tap):
             last,
         )
         return self.scorer(self._drafter.block_size).read(
-            self.sites.features(final, num_rows), ran, self.batch(metadata.block_table_tensor), self.cached_rows()
+            self.sites, final, ran, self.batch(metadata.block_table_tensor), self.cached_rows()
         )
 
 
@@ -126,7 +126,8 @@ class TargetTap(V1Tap):
             table.slot_mapping.gpu[:num_rows],
         )
         return self.scorer(table.block_size).read(
-            self.sites.features(self.state.hidden_states, num_rows),
+            self.sites,
+            self.state.hidden_states,
             ran,
             self.batch(table.get_device_tensor(num_requests)),
             self.cached_rows(),

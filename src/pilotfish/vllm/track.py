@@ -91,12 +91,16 @@ class Track:
         if len(rows) and self._hole is not None and rows[0, POSITION] <= self._hole:
             self._hole = None  # read anew from before the hole
         rows = rows[(rows[:, POSITION] >= first) & (rows[:, POSITION] < first + len(tokens))]
-        positions, once = np.unique(rows[:, POSITION].astype(np.int64), return_index=True)
-        rows, known = rows[once], np.asarray(tokens, dtype=np.int64)[positions - first]
-        is_own = rows[:, TOKEN] == known  # an empty slot holds NaN
+        positions = rows[:, POSITION].astype(np.int64)
+        is_first = np.ones(len(rows), dtype=bool)
+        is_first[1:] = positions[1:] > positions[:-1]
+        rows, positions = rows[is_first], positions[is_first]
+        is_own = rows[:, TOKEN] == np.asarray(tokens, dtype=np.int64)[positions - first]  # an empty slot holds NaN
         size = len(rows) if is_own.all() else int(is_own.argmin())
-        ends = np.flatnonzero(np.diff(positions[:size]) > 1) + 1
-        for part in np.split(np.arange(size), ends):
+        parts = [np.arange(size)]
+        if size and positions[size - 1] - positions[0] >= size:  # positions are missing in between
+            parts = np.split(parts[0], np.flatnonzero(np.diff(positions[:size]) > 1) + 1)
+        for part in parts:
             if len(part) and self.stop is None:
                 self.settle(int(positions[part[0]]), failure)
                 self._settle_scored(rows[part, NUM_KEYS:])
