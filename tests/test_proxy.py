@@ -213,6 +213,13 @@ def test_the_request_is_handed_on_with_its_settings_and_the_key(client, script):
     assert script.paths == ["/v1/chat/completions"]
 
 
+def test_the_upstream_is_told_the_callers_trace(client, script):
+    script.say(*told(["fine"]))
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    asked(client, extra_headers={"traceparent": trace})
+    assert script.asked[0]["traceparent"] == trace
+
+
 def test_an_upstream_that_does_not_stream_is_read_in_one_piece(server, client, script):
     message = {"role": "assistant", "content": TEXT}
     whole = {"choices": [{"index": 0, "message": message, "finish_reason": "length"}]}

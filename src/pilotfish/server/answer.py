@@ -72,7 +72,8 @@ class Desk:
         started = time.monotonic()
         span = self.tracer.start(asked.call, asked.endpoint, self.engine.info.model, asked.headers)
         try:
-            stream = self.engine.submit(asked.call)
+            traceparent = span.traceparent or asked.headers.get("traceparent")
+            stream = self.engine.submit(replace(asked.call, traceparent=traceparent))
             generation = await self._opened(stream)
         except BaseException as error:  # also when the client has gone
             span.fail(error)

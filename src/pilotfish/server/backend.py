@@ -87,6 +87,8 @@ class Call:
     """Whether the one message is text to go on with, not a turn for the chat template."""
     steering: tuple[Steer, ...] = ()
     """The rules of its gates are the last of the request's policy."""
+    traceparent: str | None = None
+    """The trace that it belongs to (W3C Trace Context): a proxy's upstream is told."""
 
     @property
     def own_rules(self) -> range:

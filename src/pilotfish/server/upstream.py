@@ -68,7 +68,8 @@ class Upstream:
             UpstreamError: it refuses the request, or breaks off; also while the pieces are read.
         """
         path = "/completions" if call.is_raw else "/chat/completions"
-        request = self._connected().build_request("POST", self._url + path, json=self._body(call))
+        headers = {} if call.traceparent is None else {"traceparent": call.traceparent}
+        request = self._connected().build_request("POST", self._url + path, json=self._body(call), headers=headers)
         with self._said_plainly():
             response = await self._connected().send(request, stream=True)
         try:
