@@ -9,7 +9,7 @@ bootstrap by document, or by prompt, draws for both drafts. Interrupted, the sam
 target said, activations and finished drafts are kept below `--work`.
 
 With the default sizes, on two cores to itself: about 10 minutes for the answers, 7 for reading the target once, then
-for each weight about 6 to tune and 7 to judge: 85 minutes for five weights and the untuned draft. `--quick` takes about
+for each weight about 20 to tune and 7 to judge: two and a half hours for five weights and the untuned draft. `--quick` takes about
 two minutes; its figures mean nothing.
 """
 
@@ -72,7 +72,7 @@ class Sizes(NamedTuple):
     answers: int = 100
     held_out: int = 60
     answer_tokens: int = 48
-    steps: int = 60
+    steps: int = 200
     checked: int = 12
 
 

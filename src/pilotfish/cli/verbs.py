@@ -155,9 +155,9 @@ class Tune:
     """Draft, where the pair does not name its own."""
     distill: float = 0.5
     """Share of the loss that goes to agreement with the target, in [0, 1]; the rest goes to the head."""
-    steps: int = 60
+    steps: int = 200
     """Steps of training."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 4e-4
     """Of the adapters."""
     answers: int = 100
     """Prompts that the target answers for the draft to learn from."""

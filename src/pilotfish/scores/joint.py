@@ -52,9 +52,9 @@ class JointConfig:
     distill: float = 0.5
     """Share of the loss that goes to agreement with the target, in [0, 1]; the rest goes to the head."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    learning_rate: float = 1e-4
+    learning_rate: float = 4e-4
     """Of Adam for the adapters; falls linearly to 0 over the steps."""
-    steps: int = 60
+    steps: int = 200
     """Steps of training."""
     batch_tokens: int = 256
     """Tokens of labelled texts a step, whole texts, twins together."""
