@@ -9,8 +9,8 @@ bootstrap by document, or by prompt, draws for both drafts. Interrupted, the sam
 target said, activations and finished drafts are kept below `--work`.
 
 With the default sizes, on two cores to itself: about 10 minutes for the answers, 7 for reading the target once, then
-for each weight about 20 to tune and 7 to judge: two and a half hours for five weights and the untuned draft. `--quick` takes about
-two minutes; its figures mean nothing.
+for each weight about 20 to tune and 7 to judge: two and a half hours for five weights and the untuned draft. `--quick`
+takes about two minutes; its figures mean nothing.
 """
 
 from __future__ import annotations
