@@ -109,7 +109,7 @@ def chat(server: Server, text: str, **changes: Any) -> Any:
 def test_an_answer_in_one_piece_carries_the_monitor_object_of_our_own_server(server):
     (choice,) = chat(server, "def f").choices
     monitor = MonitorOut.model_validate(choice.model_extra["monitor"])
-    assert set(monitor.heads) == {"linear-4", "attention-3", "mlp-16", "last"}
+    assert set(monitor.heads) == {"linear-4", "linear-3", "linear-16", "last"}
     assert monitor.stats.committed == monitor.stats.scored == len(monitor.tokens)
     answer = [token for token in monitor.tokens if token.origin != "prompt"]
     assert "".join(token.text for token in answer) == choice.message.content
@@ -194,7 +194,7 @@ def test_a_client_that_leaves_is_counted_and_nothing_goes_on(server):
 def test_vllm_s_own_registry_counts_heads_and_verdicts(server):
     text = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
     assert 'pilotfish:monitor_flags_total{action="stop",head="last"}' in text
-    assert 'pilotfish:monitor_score_bucket{head="mlp-16",le="0.5"}' in text
+    assert 'pilotfish:monitor_score_bucket{head="linear-16",le="0.5"}' in text
     assert "vllm:generation_tokens_total" in text
 
 
