@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotfish.heads import Form
-from pilotfish.models import Pair
+from pilotfish.models import Pair, tiny_model
 from pilotfish.vllm.align import Pass, places, rows_of_cached, rows_of_pass
 from pilotfish.vllm.cache import SlotCache
 from pilotfish.vllm.loops import Loops, Steps, keep_rows, read_rows, score_rows, steps_for
 from pilotfish.vllm.scorer import Batch, Scorer
+from pilotfish.vllm.sites import Sites
 
 BLOCK = 4
 LINEAR = (Form(window=4), Form(width=1, window=1), Form(width=1, window=6), Form(window=2))
@@ -180,6 +181,14 @@ def test_the_loop_reads_bfloat16_as_the_matmul_does_and_lets_nan_stay(pair):
     wanted = bank.channels(torch.cat(states, dim=-1)[:5])
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0, equal_nan=True)
     assert found.isnan().all(-1).tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_states_are_handed_to_the_loops_only_where_all_are_kept_in_bfloat16(pair, dtype):
+    model, bank = tiny_model("llama", seed=0).to(dtype), windowed_bank(pair, LINEAR)
+    sites = Sites(model, "llama", bank.sites, 4)
+    bits = sites.bits(torch.ones(4, model.config.hidden_size, dtype=torch.bfloat16))
+    assert (bits is not None) == (dtype == torch.bfloat16)
 
 
 def test_heads_of_other_forms_and_other_devices_are_left_to_tensor_operations(pair):

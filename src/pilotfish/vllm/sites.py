@@ -42,7 +42,7 @@ class Sites:
     def __init__(self, model: nn.Module, model_type: str, sites: tuple[Site, ...], num_rows: int) -> None:
         """Raises `BankMismatch` when the model has no such site, as far as this plugin knows it."""
         weight = next(model.parameters())
-        self._sites, self._on_cpu = sites, weight.device.type == "cpu"
+        self._sites = sites
         self.are_wanted = True
         """Whether the coming pass will be read. A compiled or captured pass writes its buffers all the same."""
         self._buffers: dict[Site, Tensor] = {}
@@ -55,7 +55,7 @@ class Sites:
             width = int(getattr(model, "config").hidden_size)  # noqa: B009  # a module's attributes are tensors to mypy
             buffer = torch.zeros(num_rows, width, dtype=weight.dtype, device=weight.device)
             self._buffers[site] = buffer
-            if buffer.dtype == torch.bfloat16 and self._on_cpu:
+            if _has_bits(buffer):
                 self._bits[site] = _bits(buffer)
             module.forward = self._keeping(module.forward, site, buffer)
 
@@ -71,7 +71,7 @@ class Sites:
         Returns:
             None where states are not kept in bfloat16 on a CPU.
         """
-        if final.dtype != torch.bfloat16 or not self._on_cpu:
+        if not _has_bits(final) or len(self._bits) < len(self._buffers):
             return None
         last = _bits(final)
         return tuple(self._bits.get(site, last) for site in self._sites)
@@ -94,6 +94,10 @@ class Sites:
             torch.ops.pilotfish.keep(hidden, residual, buffer)
         elif self.are_wanted:
             _copy(hidden, residual, buffer)  # past the dispatcher, which costs 20 us a call
+
+
+def _has_bits(states: Tensor) -> bool:
+    return states.dtype == torch.bfloat16 and states.device.type == "cpu"
 
 
 def _bits(states: Tensor) -> UInt16[np.ndarray, "row hidden"]:
