@@ -72,7 +72,7 @@ class Sizes(NamedTuple):
     answers: int = 100
     held_out: int = 60
     answer_tokens: int = 48
-    steps: int = 200
+    steps: int = JointConfig().steps
     checked: int = 12
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import windowed_bank
@@ -26,6 +28,10 @@ def scorer_of(pair: Pair, is_loop: bool, *, num_slots: int, shift: int = 0) -> S
     bank = windowed_bank(pair, LINEAR) if is_loop else windowed_bank(pair)
     steps = Steps(read_rows, keep_rows, score_rows) if is_loop else None
     return Scorer(bank, num_slots=num_slots, block_size=BLOCK, shift=shift, device=torch.device("cpu"), steps=steps)
+
+
+def read(scorer: Scorer, features: torch.Tensor, *given: Any) -> torch.Tensor:
+    return scorer.score(scorer.bank.channels(features), *given)
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -98,9 +104,7 @@ def test_scores_in_steps_and_batches_are_those_of_whole_texts(pair, is_loop, len
         owner = torch.tensor([i for i, part in enumerate(parts) for _ in part])
         slots = blocks[owner, at // BLOCK] * BLOCK + at % BLOCK
         given_features = torch.cat([features[i][part.start : part.stop] for i, part in enumerate(parts) if part])
-        table = scorer.score(
-            bank.channels(given_features), Pass(starts, at, at + 100, slots), Batch(blocks, num_prompt_tokens)
-        )
+        table = read(scorer, given_features, Pass(starts, at, at + 100, slots), Batch(blocks, num_prompt_tokens))
         assert table[:, 2].tolist() == (at + 100).tolist()
         for row in table:
             found[int(row[0])][int(row[1])] = row[3:]
@@ -114,12 +118,10 @@ def test_what_was_cached_comes_first_and_with_the_same_scores(pair, is_loop):
     scorer = scorer_of(pair, is_loop, num_slots=32)
     features = torch.randn(8, 3 * scorer.bank.identity.hidden_size, generator=torch.Generator().manual_seed(0))
     place = torch.arange(8)
-    first = scorer.score(
-        scorer.bank.channels(features), Pass(ints(0, 8), place, place, place), Batch(ints(0, 1)[None], ints(8))
-    )
+    first = read(scorer, features, Pass(ints(0, 8), place, place, place), Batch(ints(0, 1)[None], ints(8)))
     late = Pass(ints(0, 4), place[4:], place[4:], place[4:] + 16)
     spared = rows_of_cached([0], [4], shift=0, device=torch.device("cpu"))
-    again = scorer.score(scorer.bank.channels(features[4:]), late, Batch(ints(0, 5)[None], ints(8)), spared)
+    again = read(scorer, features[4:], late, Batch(ints(0, 5)[None], ints(8)), spared)
     assert torch.equal(first[:4], again[:4])
     torch.testing.assert_close(first, again, atol=1e-6, rtol=0)
 
@@ -130,7 +132,7 @@ def test_a_rejected_row_is_nobodys(pair, is_loop, slot):
     scorer = scorer_of(pair, is_loop, num_slots=8)
     ran = Pass(ints(0, 1), ints(3), ints(5), ints(slot))
     features = torch.zeros(1, 3 * scorer.bank.identity.hidden_size)
-    table = scorer.score(scorer.bank.channels(features), ran, Batch(ints(0, 1)[None], ints(0)))
+    table = read(scorer, features, ran, Batch(ints(0, 1)[None], ints(0)))
     assert int(table[0, 0]) == (-1 if slot < 0 else 0)
 
 
@@ -140,12 +142,10 @@ def test_what_follows_the_last_row_that_counts_is_nobodys_and_is_not_kept(pair, 
     features = torch.ones(5, 3 * scorer.bank.identity.hidden_size)
     ran = Pass(ints(0, 3, 5), ints(0, 1, 2, 0, 1), ints(1, 2, 3, 4, 5), ints(0, 1, 2, 8, 9), ints(1, 4))
     batch = Batch(torch.stack([ints(0, 1), ints(2, 3)]), ints(1, 1))
-    table = scorer.score(scorer.bank.channels(features), ran, batch)
+    table = read(scorer, features, ran, batch)
     assert table[:, 0].tolist() == [0, 0, -1, 1, 1]
     spared = rows_of_cached([0], [3], shift=0, device=torch.device("cpu"))
-    again = scorer.score(
-        scorer.bank.channels(features[3:]), Pass(ints(0, 0, 2), *(part[3:] for part in ran[1:4])), batch, spared
-    )
+    again = read(scorer, features[3:], Pass(ints(0, 0, 2), *(part[3:] for part in ran[1:4])), batch, spared)
     assert again[:3, 3:].isnan().all(-1).tolist() == [False, False, True]
 
 
@@ -153,10 +153,10 @@ def test_what_follows_the_last_row_that_counts_is_nobodys_and_is_not_kept(pair, 
 def test_a_slot_that_was_forgotten_has_no_score(pair, is_loop):
     scorer = scorer_of(pair, is_loop, num_slots=8)
     batch, features = Batch(ints(0, 1)[None], ints(0)), torch.zeros(2, 3 * scorer.bank.identity.hidden_size)
-    scorer.score(scorer.bank.channels(features), Pass(ints(0, 2), ints(0, 1), ints(5, 6), ints(0, 1)), batch)
+    read(scorer, features, Pass(ints(0, 2), ints(0, 1), ints(5, 6), ints(0, 1)), batch)
     scorer.forget(ints(1))
     spared = rows_of_cached([0], [2], shift=0, device=torch.device("cpu"))
-    table = scorer.score(scorer.bank.channels(features[:1]), Pass(ints(0, 1), ints(2), ints(7), ints(2)), batch, spared)
+    table = read(scorer, features[:1], Pass(ints(0, 1), ints(2), ints(7), ints(2)), batch, spared)
     assert table[:, 3:].isnan().any(-1).tolist() == [False, True, True]
 
 
@@ -165,8 +165,9 @@ def test_the_loops_write_and_read_nothing_outside_the_cache(pair, slot, position
     scorer = scorer_of(pair, True, num_slots=8)
     features = torch.zeros(1, 3 * scorer.bank.identity.hidden_size)
     with pytest.raises(IndexError, match="lies outside"):
-        scorer.score(
-            scorer.bank.channels(features),
+        read(
+            scorer,
+            features,
             Pass(ints(0, 1), ints(position), ints(5), ints(slot)),
             Batch(ints(0, 1)[None], ints(0)),
         )

@@ -79,6 +79,7 @@ class HeadBank:
         for head in heads:
             self._check_shape(head)
         self.weight = torch.cat([self._widened(head) for head in heads]).T.contiguous()
+        """Features x channels, float32."""
         self.bias = torch.cat([head.bias.float() for head in heads])
         self._groups = _grouped(self.heads)
         self.window = max(head.form.window for head in heads)

@@ -100,10 +100,11 @@ def _batches(answers: Sequence[Sampled], shared: int, batch_tokens: int) -> Iter
     batch: list[Sampled] = []
     longest = 0
     for answer in answers:
-        longest = max(longest, sum(map(len, answer)) - shared)
+        size = sum(map(len, answer)) - shared
+        longest = max(longest, size)
         if batch and longest * (len(batch) + 1) > batch_tokens:
             yield batch
-            batch, longest = [], sum(map(len, answer)) - shared
+            batch, longest = [], size
         batch.append(answer)
     if batch:
         yield batch
