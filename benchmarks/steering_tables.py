@@ -61,7 +61,7 @@ class Sizes(NamedTuple):
     contrasts: int = 100
     """Of an A/B set: three fifths to read the vector, one to choose, one to report on."""
     open_contrasts: int = 24
-    open_sites: int = 2
+    open_sites: int = 3
     prompts: int = 4
     """That doses and damage are found on."""
     prompt_tokens: int = 12
@@ -141,7 +141,7 @@ class Tables:
         return self.report(task.name, steered, rows, f"By what is written: {verdict}")
 
     def config(self, name: str, instruction: str) -> RecipeConfig:
-        """Vectors spend what the instruction does: equal KL."""
+        """Vectors spend what the stronger prompt does: equal KL."""
         size = self.sizes
         return RecipeConfig(
             name=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -290,12 +291,22 @@ def test_a_direction_is_read_calibrated_placed_and_judged_in_one_call(loaded: Lo
     assert found.verdict.sentence
 
 
-def test_a_vector_can_spend_what_the_prompt_does(loaded: LoadedModel) -> None:
+def test_a_vector_can_spend_what_the_stronger_prompt_does(loaded: LoadedModel) -> None:
     contrasts = [contrast(i, positive="return the", negative="of and") for i in range(10)]
-    config = RecipeConfig(
-        name="r", budget=None, sites=(MID,), num_prompts=1, num_shots=1, decoding=Decoding(max_new_tokens=3)
-    )
-    found = steer(contrasts, loaded, config=config)
-    assert found.calibration.budget.meter == "kl_mean"
-    assert found.calibration.meters.kl_mean <= found.calibration.budget.limit
-    assert found.direction.site == Site(1, "resid_post")
+    decoding = Decoding(max_new_tokens=3)
+    shared = RecipeConfig(name="r", budget=None, sites=(MID,), num_prompts=1, num_shots=1, decoding=decoding)
+    asked = [item.prompt for item in divided(contrasts, seed=0)["choose"][:1]]
+    spent_like = set()
+    for instruction in ("return the value of the list", "of and of and"):
+        found = steer(contrasts, loaded, config=replace(shared, instruction=instruction))
+        costs = {
+            arm.name: answer(loaded, arm, asked, decoding=decoding, generator=generator(0, "budget")).kl_mean
+            for arm in found.arms
+            if arm.name in found.by_prompt
+        }
+        stronger = max(found.by_prompt, key=lambda name: found.by_prompt[name])
+        spent_like.add(stronger)
+        assert costs["prompt"] != costs["few-shot prompt"]
+        assert found.calibration.budget == Budget(meter="kl_mean", limit=costs[stronger])
+        assert found.calibration.meters.kl_mean <= costs[stronger]
+    assert spent_like == {"prompt", "few-shot prompt"}

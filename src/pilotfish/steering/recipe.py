@@ -58,7 +58,7 @@ class RecipeConfig:
     kind: Kind = "add"
     when: When = field(default_factory=When)
     budget: Budget | None = field(default_factory=Budget)
-    """Of every vector; None spends the mean KL of the instruction, or of the few-shot prompt where there is none."""
+    """Of every vector; None spends the mean KL of the instruction or the few-shot prompt, whichever does more."""
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     sites: tuple[Site, ...] = ()
     """Where to try; by default `num_sites` outputs of blocks, evenly spaced from 1/4 to 4/5 of the depth."""
@@ -110,8 +110,10 @@ def steer(contrasts: Sequence[Contrast], loaded: LoadedModel, *, config: RecipeC
     read = extract(parts["train"], loaded, name=config.name, sites=sites, config=config.extract)
     prompts = _prompts(loaded, parts["choose"], config.num_prompts)
     shown = _prompt_arms(parts["train"], config)
+    by_prompt = {arm.name: float(margins(loaded, arm, parts["choose"]).mean()) for arm in shown}
     if config.budget is None:
-        config = replace(config, budget=_spent_by(shown[0], loaded, parts["choose"], config))
+        stronger = max(shown, key=lambda arm: by_prompt[arm.name])
+        config = replace(config, budget=_spent_by(stronger, loaded, parts["choose"], config))
 
     def effect(edits: Sequence[Edit], _: object = None) -> float:
         return float(margins(loaded, Arm(name="choosing", edits=tuple(edits)), parts["choose"]).mean())
@@ -136,7 +138,6 @@ def steer(contrasts: Sequence[Contrast], loaded: LoadedModel, *, config: RecipeC
     for name, null in nulls.items():
         dosed = _calibrated(null, prompts, loaded, config, first=near)
         arms.append(Arm(name=name, edits=dosed.edits(loaded.model)))
-    by_prompt = {arm.name: float(margins(loaded, arm, parts["choose"]).mean()) for arm in shown}
     return _judged(loaded, parts["test"], arms, (ranked, final, by_prompt), config)
 
 
