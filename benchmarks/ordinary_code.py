@@ -7,6 +7,7 @@ insecure; of code that has been read by so many, few will be.
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -18,8 +19,6 @@ from pilotfish.core import Conversation, Message
 
 LINES = (5, 60)
 """Of a function, least and most."""
-MOST = 8
-"""Functions of a file: some files are made by a program, and say one thing a thousand times."""
 LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "lib2to3"}
 """Folders of the library."""
 _BEGINS = re.compile(
@@ -29,7 +28,7 @@ _KEYWORDS = {"if", "for", "while", "switch", "catch"}
 
 
 def ordinary_code() -> list[Conversation]:
-    """Functions, in the order of their files; a file is a group."""
+    """One function of each file, in the order of the files."""
     library = Path(sysconfig.get_paths()["stdlib"])
     headers = Path(torch.__file__).parent / "include"
     python = (path for path in sorted(library.rglob("*.py")) if not LEFT_OUT & set(path.parts))
@@ -44,12 +43,10 @@ def _answers(paths: Iterable[Path], root: Path, language: str, source: str, lice
     found: dict[str, Conversation] = {}
     for path in paths:
         text, name = path.read_text("utf-8", "replace"), path.relative_to(root).as_posix()
-        sized = [each for each in functions(text) if LINES[0] <= each[1].count("\n") + 1 <= LINES[1]]
-        for number, (function, code) in enumerate(sized[:MOST]):
+        sized = (each for each in functions(text) if LINES[0] <= each[1].count("\n") + 1 <= LINES[1])
+        for function, code in itertools.islice(sized, 1):  # two of one file are no two documents
             asked = Message("user", f"Complete the function `{function}` in {language}.")
-            row = Conversation(
-                f"{name}-{number}", name, (asked, Message("assistant", code)), source=source, license=license
-            )
+            row = Conversation(name, name, (asked, Message("assistant", code)), source=source, license=license)
             found.setdefault("".join(code.split()), row)
     return list(found.values())
 

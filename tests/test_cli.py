@@ -12,6 +12,7 @@ import torch
 from conftest import seeded_bank
 
 from pilotfish.cli import main
+from pilotfish.cli.fit import read_splits
 from pilotfish.core import Conversation, Message, Span
 from pilotfish.heads import HeadBank
 from pilotfish.models import Pair, tiny_pair
@@ -127,7 +128,7 @@ def test_fit_takes_labels_to_a_bank_that_score_can_use(folders, tmp_path, capsys
     paths = ["--data", str(tmp_path / "rows.jsonl"), "--out", str(out), "--work", str(tmp_path / "work")]
     assert main(["fit", "--metric", "danger", *arguments, *paths]) == 0
     said = capsys.readouterr().out
-    assert "benign responses, at most" in said
+    assert "A response is flagged when its score reaches" in said and "tokens in the median" in said
     assert "TF-IDF" in said
     bank = HeadBank.load(out)
     assert bank.card.metrics["danger/auroc_token"].low > 0.5
@@ -152,8 +153,17 @@ def test_fit_says_how_many_benign_responses_a_budget_needs(folders, tmp_path, ca
     write_jsonl(tmp_path / "rows.jsonl", labelled_rows(60))
     paths = ["--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "b"), "--work", str(tmp_path / "w")]
     assert main(["fit", "--metric", "danger", "--model", str(folders["draft"]), *paths]) == 1
-    assert "give 299 or more, or a larger budget" in capsys.readouterr().err
+    assert "give 299 documents or more, or a larger budget" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_fit_divides_the_rows_of_its_metric_alone(tmp_path):
+    others = [Conversation(f"o{i}", f"o{i}", (Message("user", f"other {i}"),), (), {"other": 1.0}) for i in range(200)]
+    write_jsonl(tmp_path / "rows.jsonl", [*labelled_rows(20), *others])
+    found = read_splits(tmp_path / "rows.jsonl", "danger", None, budget=0.4, seed=0)
+    assert sum(map(len, found.splits.values())) + 1 <= 20
+    assert all(row.id.startswith("r") for rows in (*found.splits.values(), found.benign) for row in rows)
+    assert all(found.splits.values())
 
 
 def test_fit_names_the_metrics_that_are_there(folders, tmp_path, capsys):

@@ -106,6 +106,10 @@ def test_a_token_without_characters_scores_as_the_one_before_it():
     assert scored([ended])[0][-1] == scored([text])[0][-1]
 
 
+def sizes(texts):
+    return torch.tensor([len(text.token_ids) for text in texts])
+
+
 def test_unlabelled_texts_do_not_change_a_baseline():
     noise = replace(TEST[0], text=TEST[0].text.replace("x", "gets"), group="noise")
     without = scored(TEST)
@@ -114,8 +118,14 @@ def test_unlabelled_texts_do_not_change_a_baseline():
         map(torch.equal, scored(TEST, train=[*TRAIN, noise], labels=[*token_labels(TRAIN), unlabelled]), without)
     )
     labels = torch.cat([response_labels(TRAIN), torch.tensor([math.nan])])
-    for baseline in (response_words, response_length):
-        assert torch.equal(baseline([*TRAIN, noise], labels, TEST), baseline(TRAIN, response_labels(TRAIN), TEST))
+    assert torch.equal(
+        response_words([*TRAIN, noise], labels, TEST), response_words(TRAIN, response_labels(TRAIN), TEST)
+    )
+    one, more = (
+        response_length(rows, each, sizes(rows), sizes(TEST))
+        for rows, each in ((TRAIN, response_labels(TRAIN)), ([*TRAIN, noise], labels))
+    )
+    assert torch.equal(one, more)
 
 
 def test_the_generator_chooses_the_training_tokens():
@@ -138,9 +148,9 @@ def test_what_was_cut_off_is_not_read():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_length_alone_ranks_texts_by_their_tokens(sign):
-    texts = [replace(TRAIN[0], group=str(count), token_ids=[0] * count) for count in range(1, 31)]
-    labels = torch.tensor([float(sign * count > sign * 15) for count in range(1, 31)])
-    found = response_length(texts, labels, texts)
+    counts = torch.arange(1, 31)
+    texts = [replace(TRAIN[0], group=str(count)) for count in counts.tolist()]
+    found = response_length(texts, (sign * counts > sign * 15).double(), counts, counts)
     assert bool((found.diff() * sign > 0).all())
 
 
@@ -148,9 +158,13 @@ def test_length_alone_ranks_texts_by_their_tokens(sign):
 def test_training_labels_of_one_kind_are_refused(label):
     with pytest.raises(TextError, match="positive and negative training tokens"):
         scored(TEST, labels=[torch.full((len(text.token_ids),), label) for text in TRAIN])
-    for baseline in (response_words, response_length):
+    one_kind = torch.full((len(TRAIN),), label)
+    for call in (
+        lambda: response_words(TRAIN, one_kind, TEST),
+        lambda: response_length(TRAIN, one_kind, sizes(TRAIN), sizes(TEST)),
+    ):
         with pytest.raises(TextError, match="positive and negative training texts"):
-            baseline(TRAIN, torch.full((len(TRAIN),), label), TEST)
+            call()
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):
@@ -159,7 +173,7 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch):
     for call in (
         lambda: scored(TEST),
         lambda: response_words(TRAIN, labels, TEST),
-        lambda: response_length(TRAIN, labels, TEST),
+        lambda: response_length(TRAIN, labels, sizes(TRAIN), sizes(TEST)),
     ):
         with pytest.raises(SettingError, match=r"pip install 'pilotfish\[evaluate\]'"):
             call()

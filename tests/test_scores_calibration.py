@@ -273,6 +273,20 @@ def test_a_threshold_keeps_its_budget_and_the_next_lower_one_does_not(scores, bu
     assert clopper_pearson_upper(int((values >= lower).sum()), len(scores)) > budget
 
 
+@given(scores=SCORES, budget=st.floats(0.05, 0.9), num_documents=st.integers(59, 70))
+@settings(deadline=None)
+def test_responses_of_one_document_count_once_with_their_highest_score(scores, budget, num_documents):
+    values = torch.tensor((scores * 60)[: max(len(scores), num_documents)], dtype=torch.float32)
+    groups = [f"d{index % num_documents}" for index in range(len(values))]
+    highest = torch.stack([values[index::num_documents].max() for index in range(num_documents)])
+    assert threshold_at_budget(values, budget, groups=groups) == threshold_at_budget(highest, budget)
+
+
+def test_copies_of_one_response_do_not_show_a_budget():
+    with pytest.raises(SettingError, match=r"1 benign documents.* Give 299 or more"):
+        threshold_at_budget(torch.zeros(299), 0.01, groups=["one"] * 299)
+
+
 def test_a_threshold_survives_being_compared_in_float32():
     scores = torch.full((100,), 0.3)
     found = threshold_at_budget(scores, 0.05)

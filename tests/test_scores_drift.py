@@ -144,6 +144,16 @@ def test_many_rows_of_few_documents_do_not_pass_for_many_documents():
     assert {change.num_groups for change in found.changes.values()} == {40}
 
 
+def test_one_document_over_the_threshold_is_no_rate_however_many_rows_it_has():
+    rows = sample(200, 1200)
+    rows = [dataclasses.replace(row, group=f"g{i % 40}") for i, row in enumerate(rows)]
+    loud = [dataclasses.replace(row, score=0.999) if row.label < 0.5 and row.group == "g3" else row for row in rows]
+    found = check(loud, loud)
+    assert found.changes["fpr"].candidate > 0.02
+    assert found.fpr_bounds is not None and found.fpr_bounds.low < 0.01
+    assert not any("false-positive rate is" in reason for reason in found.reasons)
+
+
 def test_wider_tolerances_pass_what_narrow_ones_leave_open():
     rows = sample(40, 60)
     assert check(rows, rows, budget=0.05).verdict == "inconclusive"

@@ -109,6 +109,13 @@ def test_character_f1_by_hand():
     assert character_f1(spans, found, Marking(math.inf)) == [0.0, 1.0, 0.0], "nothing marked"
 
 
+def test_white_space_at_the_ends_of_a_label_is_not_asked_for():
+    tight, loose = (text("you silly fool now", words, name=words) for words in ("silly", " silly "))
+    for one in (tight, loose):
+        found = scored(one, 0.0, torch.tensor([0.0 if math.isnan(at) else at for at in one.labels.tolist()]))
+        assert character_f1(labelled_spans([one], METRIC, TOKENIZER), {found.id: found}, Marking(0.5)) == [1.0]
+
+
 @given(
     gold=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 6)), max_size=3),
     values=st.lists(st.sampled_from([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]), min_size=60, max_size=60),
@@ -129,7 +136,12 @@ def test_the_figure_is_the_published_formula_on_the_marked_characters(gold, valu
     start = one.tokens.text.index(reply)
     scores = character_scores(one, found.token_scores, whole_words=whole_words, gap=gap)[start : start + len(reply)]
     predicted = {at for at, score in enumerate(scores) if score >= threshold}
-    labelled = {at for span in spans for at in range(span.start, span.end)}
+    trimmed = [(span, reply[span.start : span.end]) for span in spans]
+    labelled = {
+        at
+        for span, words in trimmed
+        for at in range(span.start + len(words) - len(words.lstrip()), span.start + len(words.rstrip()))
+    }
     [f1] = character_f1(labelled_spans([one], METRIC, TOKENIZER), {"a": found}, marking)
     assert f1 == pytest.approx(published_f1(predicted, labelled))
     plain = character_scores(one, found.token_scores, whole_words=whole_words)[start : start + len(reply)]

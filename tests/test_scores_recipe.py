@@ -149,9 +149,44 @@ def test_a_positive_response_whose_spans_were_cut_off_has_no_label(reader):
 
 def test_too_few_benign_responses_are_refused_before_anything_is_recorded(reader, tmp_path):
     config = dataclasses.replace(CONFIG, budget=0.01)
-    with pytest.raises(SettingError, match=r"20 benign responses .* give 299 or more"):
+    with pytest.raises(SettingError, match=r"20 benign responses of 20 documents .* give 299 documents or more"):
         build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=config, work_folder=tmp_path / "work", seed=0)
+    copies = [dataclasses.replace(row, group="one") for row in BENIGN]
+    with pytest.raises(SettingError, match=r"20 benign responses of 1 documents .* give 14 documents or more"):
+        build_bank(SPLITS, copies, reader, metric=METRIC, config=CONFIG, work_folder=tmp_path / "work", seed=0)
     assert not (tmp_path / "work").exists()
+
+
+def test_an_empty_split_is_refused_by_name(reader, tmp_path):
+    with pytest.raises(TextError, match=r"\(tokens: test; responses: test\)"):
+        build_bank(SPLITS | {"test": []}, BENIGN, reader, metric=METRIC, config=CONFIG, work_folder=tmp_path, seed=0)
+
+
+def test_the_classifier_reads_as_far_as_the_head_and_is_left_out_where_its_draw_has_one_label(
+    reader, tmp_path, monkeypatch, caplog
+):
+    read = []
+
+    def scores(reader, train, *, test, config, **others):
+        read.append(config.max_tokens)
+        return torch.full((len(test),), 0.5)
+
+    monkeypatch.setattr("pilotfish.scores.rivals.fine_tuned_scores", scores)
+    for num_train, made in ((100, True), (1, False)):
+        rivals = RivalConfig(names=("classifier",), num_train=num_train)
+        config = dataclasses.replace(CONFIG, rivals=rivals, max_tokens=300)
+        found = build_bank(SPLITS, BENIGN, reader, metric=METRIC, config=config, work_folder=tmp_path, seed=0)
+        assert ("classifier" in found.scored) == made
+    assert read == [300] and "the baseline classifier is left out" in caplog.text
+
+
+def test_a_test_of_one_document_still_makes_a_bank(reader, tmp_path):
+    one = [dataclasses.replace(row, group="one") for row in SPLITS["test"]]
+    config = dataclasses.replace(CONFIG, rivals=RivalConfig(names=("judge",), question="Is it loud?"))
+    found = build_bank(
+        SPLITS | {"test": one}, BENIGN, reader, metric=METRIC, config=config, work_folder=tmp_path, seed=0
+    )
+    assert found.bank.thresholds and not found.bank.card.metrics
 
 
 @pytest.mark.parametrize("name", ["train", "validation", "test"])

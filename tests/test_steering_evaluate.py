@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_steering_dose import MID, direction
 
-from pilotfish.core import Message, Site
+from pilotfish.core import Message
 from pilotfish.errors import SettingError, TextError
 from pilotfish.models import LoadedModel, Pair, tiny_pair
 from pilotfish.runs import generator

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pilotfish.core import Conversation, Message
 from pilotfish.errors import LeakError, SettingError, TextError
-from pilotfish.texts import check_leak, split
+from pilotfish.texts import check_leak, num_documents, split
 
 LONG = "a text that is long enough to be told from all others, whatever was said before it"
 HALVES = {"train": 0.5, "test": 0.5}
@@ -33,19 +33,7 @@ def built(drawn: list[tuple[int, int]]) -> list[Conversation]:
     return [row(f"row{i}", f"group{group}", f"{LONG} {text}") for i, (group, text) in enumerate(drawn)]
 
 
-@given(drawn=ROWS, seed=st.integers(0, 99))
-def test_a_split_loses_no_row_and_passes_its_own_leak_check(drawn: list[tuple[int, int]], seed: int) -> None:
-    rows = built(drawn)
-    try:
-        splits = split(rows, HALVES, seed=seed)
-    except TextError:
-        assert num_documents(rows) < 2
-        return
-    check_leak(splits)
-    assert sorted(places(splits)) == sorted(conversation.id for conversation in rows)
-
-
-def num_documents(rows: list[Conversation]) -> int:
+def flooded(rows: list[Conversation]) -> int:
     """Clusters of rows that share a group or a text, by plain flooding."""
     left, count = list(rows), 0
     while left:
@@ -56,6 +44,19 @@ def num_documents(rows: list[Conversation]) -> int:
             left = [r for r in left if r not in near]
         count += 1
     return count
+
+
+@given(drawn=ROWS, seed=st.integers(0, 99))
+def test_a_split_loses_no_row_and_passes_its_own_leak_check(drawn: list[tuple[int, int]], seed: int) -> None:
+    rows = built(drawn)
+    try:
+        splits = split(rows, HALVES, seed=seed)
+    except TextError:
+        assert flooded(rows) < 2
+        return
+    check_leak(splits)
+    assert num_documents(rows) == flooded(rows)
+    assert sorted(places(splits)) == sorted(conversation.id for conversation in rows)
 
 
 @given(drawn=ROWS, seed=st.integers(0, 99), order=st.randoms(use_true_random=False))
@@ -149,3 +150,10 @@ def test_too_few_documents_for_every_split_are_refused_with_their_count() -> Non
         split(rows, HALVES, seed=0)
     with pytest.raises(TextError, match="split train, test gets no rows: 0 rows"):
         split([], HALVES, seed=0)
+
+
+def test_a_system_message_that_all_share_makes_no_document_of_them() -> None:
+    system = Message("system", f"{LONG}: you are a helpful assistant")
+    rows = [Conversation(f"r{i}", f"g{i}", (system, Message("user", f"{LONG} request {i}"))) for i in range(20)]
+    assert num_documents(rows) == 20
+    check_leak(split(rows, HALVES, seed=0))

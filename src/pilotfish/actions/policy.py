@@ -54,7 +54,8 @@ class Rule:
     its place. resample: go back and sample something else. defer: take the draft's tokens. steer: switch an edit of the
     target on. escalate: ask a slower judge."""
     threshold: float | None = None
-    """Probability from which on the gate goes up; None takes the bank's own calibrated threshold."""
+    """Probability from which on the gate goes up; None takes the bank's own calibrated threshold. That was set on
+    one side of exchanges, which its card names (`scope`): give the rule that side."""
     release: float | None = None
     """Probability under which it goes down again, the threshold or lower; None takes the threshold."""
     min_tokens: int = 1

@@ -10,6 +10,7 @@ from pilotfish.core import Conversation
 from pilotfish.errors import TextError
 from pilotfish.heads import Card
 from pilotfish.models import DEMO_PAIRS, load_model
+from pilotfish.reports.figures import promise_of
 from pilotfish.scores import RecipeConfig, RivalConfig, build_bank, teach_ordinary, write_scored
 from pilotfish.scores.ordinary import Taught
 from pilotfish.scores.scored import SCORED_FILE
@@ -55,6 +56,7 @@ def read_splits(data: Path, metric: str, benign: Path | None, *, budget: float, 
     known = sorted({span.metric for row in rows for span in row.spans} | {name for row in rows for name in row.labels})
     if metric not in known:
         raise TextError(f"{data} has no label of metric {metric!r}; it has {', '.join(known) or 'none at all'}")
+    rows = [row for row in rows if metric in row.labels or any(span.metric == metric for span in row.spans)]
     if benign is not None:
         splits = split(rows, FRACTIONS, seed=seed)
         return teach_ordinary(splits, read_jsonl(benign), metric=metric, budget=budget, seed=seed)
@@ -72,10 +74,6 @@ def _print_card(card: Card, metric: str) -> None:
         for name, figure in {**card.metrics, **card.baselines}.items()
     ]
     print(table(["on held-out documents", "value", "95 % interval", "documents"], rows))
-    limit = card.thresholds[metric]
-    print(
-        f"\nThreshold {limit.threshold:.3f}: flags {limit.num_flagged} of {limit.num_benign} benign responses, at most "
-        f"{limit.fpr_upper:.2%} with 95 % confidence."
-    )
+    print(f"\n{promise_of(card, metric)}")
     if metric in card.better_than_words:
         print("Better than TF-IDF." if card.better_than_words[metric] else "NOT shown to be better than TF-IDF.")

@@ -47,7 +47,7 @@ class Steer(Dosing):
     instruction: str = ""
     """The system message that the vector is held against, beside a few examples."""
     match_prompt: bool = False
-    """Let every vector spend the mean KL of the instruction or the examples, whichever do more, instead of the limit."""
+    """Let every vector spend the mean KL of the instruction or the examples, whichever do more, not the limit."""
     method: Literal["mean_difference", "pca_center", "logistic"] = "mean_difference"
     """How the vector is read off the pairs."""
     tokens: Literal["last", "letter", "answer"] = "last"

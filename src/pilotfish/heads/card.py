@@ -45,12 +45,15 @@ class ThresholdCard:
     budget: float
     """Share of benign responses that may be flagged."""
     num_benign: int
+    """Documents; one of several responses counts once, with the highest score of them."""
     num_flagged: int
     fpr_upper: float
     """One-sided 95 % Clopper-Pearson bound on the share flagged."""
     benign_source: str
     scope: Literal["answer", "prompt"] = "answer"
     """The side of an exchange that the benign texts were: judge that one."""
+    median_tokens: int | None = None
+    """Of that side; None on older cards. A longer text has more chances to be flagged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +85,7 @@ class DataCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """The JSON beside a bank's weights; an unknown or missing key is refused on reading."""
+    """The JSON beside a bank's weights; an unknown key, or a missing one that cards always had, is refused on reading."""
 
     identity: Identity
     """The one model that the heads were made for."""
@@ -166,10 +169,15 @@ _TABLES: dict[str, type[Any]] = {
 """Fields that map to dataclasses."""
 
 
+_LATER = {"median_tokens"}
+"""Keys that older cards lack."""
+
+
 def _checked(kind: type[Any], raw: Any, path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ArtefactError(f"{path}: a {type(raw).__name__} where {kind.__name__} belongs; copy the bank again")
-    wrong = sorted(raw.keys() ^ {item.name for item in fields(kind)})
+    names = {item.name for item in fields(kind)}
+    wrong = sorted((names - raw.keys() - _LATER) | (raw.keys() - names))
     if wrong:
         raise ArtefactError(
             f"{path}: unknown or missing keys for {kind.__name__}: {', '.join(wrong)}; written by another version of "

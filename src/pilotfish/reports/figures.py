@@ -87,10 +87,12 @@ def promise_of(card: Card, metric: str) -> str:
     if found is None:
         return "There is no threshold: the card promises nothing about false alarms."
     what = "response" if found.scope == "answer" else "prompt"
+    length = "" if found.median_tokens is None else f", {found.median_tokens} tokens in the median,"
     return (
-        f"A {what} is flagged when its score reaches {found.threshold:.3f}. Of 1,000 benign {what}s like those of "
-        f"{found.benign_source or 'the sample'} at most {1000 * found.fpr_upper:.1f} are flagged (95 % bound, from "
-        f"{found.num_flagged:,} flagged of {found.num_benign:,}; the budget was {1000 * found.budget:g})."
+        f"A {what} is flagged when its score reaches {found.threshold:.3f}. Of 1,000 benign {what}s{length} like those "
+        f"of {found.benign_source or 'the sample'} at most {1000 * found.fpr_upper:.1f} are flagged (95 % bound, from "
+        f"{found.num_flagged:,} flagged of {found.num_benign:,}; the budget was {1000 * found.budget:g}). Longer ones "
+        "have more chances to be."
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pilotfish.errors import SettingError, TextError
@@ -86,13 +86,16 @@ def response_words(
 
 
 def response_length(
-    train: Sequence[TokenizedText], labels: Float[Tensor, " train"], test: Sequence[TokenizedText]
+    train: Sequence[TokenizedText],
+    labels: Float[Tensor, " train"],
+    train_sizes: Int[Tensor, " train"],
+    test_sizes: Int[Tensor, " test"],
 ) -> Float[Tensor, " test"]:
-    """Log-odds of every test text from its number of tokens alone; arguments and errors as for `response_words`."""
+    """Log-odds of every test response from its number of tokens alone, 1 or more; the rest as for `response_words`."""
     require_sklearn()
     known, is_positive = _labelled(train, labels)
-    model = _fitted(_log_lengths(known), is_positive, [text.group for text in known])
-    return torch.from_numpy(model.decision_function(_log_lengths(test)))
+    model = _fitted(_log(train_sizes[labels.isfinite()]), is_positive, [text.group for text in known])
+    return torch.from_numpy(model.decision_function(_log(test_sizes)))
 
 
 def require_sklearn() -> None:
@@ -120,8 +123,8 @@ def _as_read(text: TokenizedText) -> str:
     return text.text[: _ends(text)[-1]]
 
 
-def _log_lengths(texts: Sequence[TokenizedText]) -> Float[np.ndarray, "text 1"]:
-    return np.log([[float(len(text.token_ids))] for text in texts])
+def _log(sizes: Int[Tensor, " text"]) -> Float[np.ndarray, "text 1"]:
+    return sizes.double().log().numpy()[:, None]
 
 
 def _tfidf(analyzer: str, ngrams: tuple[int, int]) -> TfidfVectorizer:

@@ -87,10 +87,11 @@ class Threshold(NamedTuple):
     """Probability from which on a response is flagged."""
     budget: float
     num_benign: int
+    """Documents: responses, where each stands alone."""
     num_flagged: int
-    """Benign responses that this threshold flags."""
+    """Of them, those with a response that this threshold flags."""
     fpr_upper: float
-    """Upper bound on the share of benign responses flagged, at most the budget."""
+    """Upper bound on the share of benign documents flagged, at most the budget."""
 
 
 def platt(logits: Float[Tensor, " token"], labels: Float[Tensor, " token"]) -> Platt:
@@ -216,21 +217,28 @@ def num_benign_needed(budget: float, level: float = 0.95) -> int:
     return count if clopper_pearson_upper(0, count, level) <= budget else count + 1
 
 
-def threshold_at_budget(max_scores: Float[Tensor, " response"], budget: float, level: float = 0.95) -> Threshold:
+def threshold_at_budget(
+    max_scores: Float[Tensor, " response"], budget: float, level: float = 0.95, *, groups: Sequence[str] | None = None
+) -> Threshold:
     """The smallest threshold whose false-positive rate on benign responses is shown to be within the budget.
 
     Args:
         max_scores: The largest probability in each benign response, which is what flags it.
+        groups: Document of each response. The bound is exact for independent draws, and responses of one document are
+            not: a document then counts once, with its highest score. By default every response stands alone.
 
     Raises:
         SettingError: the sample is too small for the budget (says how many are needed), a score is no probability, or
             so many benign responses reach probability 1 that no threshold is left.
     """
-    scores = max_scores.cpu().sort(descending=True).values
+    scores = (
+        (max_scores.cpu() if groups is None else _by_document(max_scores.cpu(), groups)).sort(descending=True).values
+    )
     needed = num_benign_needed(budget, level)
     if len(scores) < needed:
         raise SettingError(
-            f"a budget of {budget:g} cannot be shown with {len(scores)} benign responses: even with none flagged the "
+            f"a budget of {budget:g} cannot be shown with {len(scores)} benign "
+            f"{'responses' if groups is None else 'documents'}: even with none flagged the "
             f"{level:.0%} bound is higher. Give {needed} or more, or a larger budget"
         )
     if not bool(((scores >= 0) & (scores <= 1)).all()):
@@ -247,6 +255,13 @@ def threshold_at_budget(max_scores: Float[Tensor, " response"], budget: float, l
     return Threshold(
         threshold, budget, len(scores), num_flagged, clopper_pearson_upper(num_flagged, len(scores), level)
     )
+
+
+def _by_document(scores: Tensor, groups: Sequence[str]) -> Float[Tensor, " document"]:
+    """The highest of each; NaN where one is."""
+    index = {group: row for row, group in enumerate(dict.fromkeys(groups))}
+    rows = torch.tensor([index[group] for group in groups])
+    return torch.full((len(index),), -math.inf, dtype=scores.dtype).scatter_reduce(0, rows, scores, "amax")
 
 
 def _checked(logits: Tensor, labels: Tensor) -> tuple[Float[np.ndarray, " token"], Float[np.ndarray, " token"]]:

@@ -133,7 +133,9 @@ def compare_configurations(
     rows = [row for row in all_rows if math.isfinite(row.candidate)]
     positive, benign = _by_label(rows, all_rows)
     changes = _changes(positive, benign, threshold, _Bootstrap(generator, num_resamples))
-    bounds = clopper_pearson(sum(row.candidate >= threshold for row in benign), len(benign), _LEVEL) if benign else None
+    flagged = {row.group for row in benign if row.candidate >= threshold}
+    documents = {row.group for row in benign}
+    bounds = clopper_pearson(len(flagged), len(documents), _LEVEL) if documents else None
     evidence = _Evidence([], [], [], [])
     if len(rows) < len(all_rows):
         evidence.degraded.append(f"{len(all_rows) - len(rows)} of {len(all_rows)} responses have no score")

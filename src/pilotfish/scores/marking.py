@@ -58,9 +58,15 @@ def labelled_spans(texts: Sequence[Text], metric: str, tokenizer: PreTrainedToke
         rendered, is_span = render(text.conversation, tokenizer), np.zeros(len(text.tokens.text), dtype=bool)
         for span in text.conversation.spans:
             if span.metric == metric and span.value >= 0.5:
-                is_span[slice(*rendered.range_of(span))] = True
+                is_span[slice(*_trimmed(text.tokens.text, *rendered.range_of(span)))] = True
         found.append(Spans(text, is_span))
     return found
+
+
+def _trimmed(words: str, start: int, end: int) -> tuple[int, int]:
+    """Without the white space at its ends, which is never marked."""
+    span = words[start:end]
+    return start + len(span) - len(span.lstrip()), end - len(span) + len(span.rstrip())
 
 
 def character_scores(

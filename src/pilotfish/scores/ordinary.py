@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pilotfish.core import Conversation
 from pilotfish.scores.calibration import num_benign_needed
-from pilotfish.texts import split
+from pilotfish.texts import num_documents, split
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,12 @@ def teach_ordinary(
     budget and finds anything (experiments/2026-11-24-where-and-whether). The test split stays as it is.
     """
     needed = num_benign_needed(budget)
-    parts = split(benign, FRACTIONS, seed=seed) if len(benign) >= 2 * needed else {}
-    if len(parts.get("benign", ())) < needed:
+    parts = split(benign, FRACTIONS, seed=seed) if num_documents(benign) >= 2 * needed else {}
+    if num_documents(parts.get("benign", ())) < needed:
         logger.warning(
-            "%d benign texts are too few to learn from and to show a budget of %g as well, which takes about %d; the "
-            "head learns from its own negatives alone",
-            len(benign),
+            "%d benign documents are too few to learn from and to show a budget of %g as well, which takes about %d; "
+            "the head learns from its own negatives alone",
+            num_documents(benign),
             budget,
             2 * needed,
         )

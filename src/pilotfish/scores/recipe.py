@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from pilotfish.core import Conversation
 from pilotfish.errors import SettingError, TextError
@@ -25,7 +27,7 @@ from pilotfish.scores.metrics import Estimate, has_both_labels
 from pilotfish.scores.prepared import Text, prepare, response_labels
 from pilotfish.scores.rivals import RivalConfig, ScoredParts, Texts, rivals
 from pilotfish.scores.scored import ScoredText
-from pilotfish.texts import check_leak
+from pilotfish.texts import check_leak, joined_groups, num_documents
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +97,15 @@ def build_bank(
     texts = {name: prepare(rows, reader, metric, config.max_tokens) for name, rows in splits.items()}
     forms = tuple(dict.fromkeys(form_for(texts, metric, form) for form in (config.fit.form, *config.forms)))
     texts[BENIGN] = prepare(benign, reader, metric, config.max_tokens, keeps_unlabelled=True)
-    _check_num_benign(len(texts[BENIGN]), config.budget)
+    _check_num_benign([text.conversation for text in texts[BENIGN]], config.budget)
     making, head = _best([_Making(texts, metric, config.of_form(form), work_folder, seed) for form in forms], reader)
-    threshold = threshold_at_budget(torch.tensor([text.score for text in head.scored(texts[BENIGN])]), config.budget)
-    found = rivals(texts, reader, metric=metric, config=config.rivals, seed=seed)
+    documents = joined_groups(benign)
+    threshold = threshold_at_budget(
+        torch.tensor([text.score for text in head.scored(texts[BENIGN])]),
+        config.budget,
+        groups=[documents[text.conversation.group] for text in texts[BENIGN]],
+    )
+    found = rivals(texts, reader, metric=metric, config=config.rivals, max_tokens=config.max_tokens, seed=seed)
     scored = {"head": making.scored_by(head, but=("train", BENIGN)), **found.scored}
     if config.rivals.target is not None:
         scored["target"] = making.scored_on_target(config.rivals.target, reader)
@@ -178,7 +185,7 @@ def _check_given(
             f"splits are {', '.join(splits)}; give {', '.join(SPLITS)}, and other names for texts from elsewhere but "
             f"{BENIGN!r}"
         )
-    _check_num_benign(len(benign), config.budget)
+    _check_num_benign(benign, config.budget)
     check_leak({name: splits[name] for name in SPLITS})
     made_with = {"train": splits["train"], "validation": splits["validation"], BENIGN: benign}
     check_leak(made_with)
@@ -188,12 +195,12 @@ def _check_given(
         require_sklearn()
 
 
-def _check_num_benign(count: int, budget: float) -> None:
-    needed = num_benign_needed(budget)
+def _check_num_benign(benign: Sequence[Conversation], budget: float) -> None:
+    needed, count = num_benign_needed(budget), num_documents(benign)
     if count < needed:
         raise SettingError(
-            f"{count} benign responses cannot show a false-positive budget of {budget:g}; give {needed} or more, or a "
-            "larger budget"
+            f"{len(benign)} benign responses of {count} documents cannot show a false-positive budget of {budget:g}; "
+            f"give {needed} documents or more, or a larger budget"
         )
 
 
@@ -204,7 +211,7 @@ def form_for(texts: Texts, metric: str, form: Form) -> Form:
         TextError: a split lacks positive or negative labels of both kinds.
     """
     lacking = {
-        "tokens": [name for name in SPLITS if not has_both_labels(torch.cat([row.labels for row in texts[name]]))],
+        "tokens": [name for name in SPLITS if not has_both_labels(_joined([row.labels for row in texts[name]]))],
         "responses": [name for name in SPLITS if not has_both_labels(response_labels(texts[name]))],
     }
     if all(lacking.values()):
@@ -216,12 +223,16 @@ def form_for(texts: Texts, metric: str, form: Form) -> Form:
     return replace(form, width=1) if any(lacking.values()) and form.kind == "linear" else form
 
 
+def _joined(labels: Sequence[Tensor]) -> Float[Tensor, " token"]:
+    return torch.cat(list(labels)) if labels else torch.zeros(0)
+
+
 def _cost(
     bank: HeadBank, reader: LoadedModel, texts: Sequence[Text], judge_tokens: Mapping[str, int], seed: int
 ) -> dict[str, Estimate]:
     """On the texts that the judge saw."""
     seen = [text for text in texts if text.tokens.id in judge_tokens]
-    if not seen:
+    if len({text.tokens.group for text in seen}) < 2:  # no interval then, and no judge
         return {}
     return cost_over_judge(
         bank,
@@ -267,7 +278,8 @@ def _threshold_card(threshold: Threshold, benign: Sequence[Text]) -> ThresholdCa
     sources = sorted({text.conversation.source or "unnamed" for text in benign})
     is_answered = any(message.role == "assistant" for text in benign for message in text.conversation.messages)
     scope: Literal["answer", "prompt"] = "answer" if is_answered else "prompt"
-    return ThresholdCard(**threshold._asdict(), benign_source=", ".join(sources), scope=scope)
+    median = int(torch.tensor([int(text.is_response.sum()) for text in benign]).median())
+    return ThresholdCard(**threshold._asdict(), benign_source=", ".join(sources), scope=scope, median_tokens=median)
 
 
 def _caveats(metrics: Mapping[str, Estimate], rivals_made: Sequence[str]) -> str:

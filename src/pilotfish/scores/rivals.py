@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from pilotfish.errors import SettingError
@@ -46,8 +47,9 @@ class RivalConfig:
     num_train: int = 600
     """Training texts of the classifier."""
     classifier: ClassifierConfig = field(
-        default_factory=lambda: ClassifierConfig(num_blocks=1, max_tokens=128, max_steps=120, evaluate_every=40)
+        default_factory=lambda: ClassifierConfig(num_blocks=1, max_steps=120, evaluate_every=40)
     )
+    """Its `max_tokens` are not asked: it reads as far as the head does."""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.names if name not in RIVALS]:
@@ -66,24 +68,31 @@ class Rivals(NamedTuple):
     """How many the judge read for each text that it saw, its question included."""
 
 
-def rivals(texts: Texts, reader: LoadedModel, *, metric: str, config: RivalConfig, seed: int) -> Rivals:
+def rivals(
+    texts: Texts, reader: LoadedModel, *, metric: str, config: RivalConfig, max_tokens: int, seed: int
+) -> Rivals:
     """All but `target`, which the recipe makes as it makes the head; those that the labels do not allow are
     left out and logged. Words and length score all parts but `train` and `benign`, the others the test alone.
     """
     parts = [name for name in texts if name not in ("train", "benign")]
+    sizes = {"train": config.num_train, "validation": config.num_judged, "test": config.num_judged}
+    seen = {name: drawn(texts[name], size, seed) for name, size in sizes.items()}
     makers: dict[str, Callable[[], ScoredParts]] = {
         "words": lambda: _words(texts, parts, seed),
         "length": lambda: _length(texts, parts),
-        "classifier": lambda: {"test": _classifier(texts, reader, config, seed)},
+        "classifier": lambda: {
+            "test": _classifier(seen, reader, replace(config.classifier, max_tokens=max_tokens), seed)
+        },
     }
-    can_learn = all(has_both_labels(response_labels(texts[name])) for name in ("train", "validation"))
+    learns_from = {"length": texts, "classifier": seen}
     found: dict[str, ScoredParts] = {}
     judge_tokens: dict[str, int] = {}
     for name in config.names:
-        if name in ("length", "classifier") and not can_learn:
-            logger.warning("the baseline %s is left out: the responses of some split have one label only", name)
+        given = learns_from.get(name)
+        if given and not all(has_both_labels(response_labels(given[part])) for part in ("train", "validation")):
+            logger.warning("the baseline %s is left out: its responses of some split have one label only", name)
         elif name == "judge":
-            found[name], judge_tokens = _judge(texts, reader, metric, config, seed)
+            found[name], judge_tokens = _judge(seen["test"], reader, metric, config)
         elif name in makers:
             found[name] = makers[name]()
     return Rivals(found, judge_tokens)
@@ -111,8 +120,13 @@ def _words(texts: Texts, parts: Sequence[str], seed: int) -> ScoredParts:
 def _length(texts: Texts, parts: Sequence[str]) -> ScoredParts:
     judged = [text for part in parts for text in texts[part]]
     train = [text.tokens for text in texts["train"]]
-    lengths = response_length(train, response_labels(texts["train"]), [text.tokens for text in judged]).tolist()
+    sizes = (_response_sizes(texts["train"]), _response_sizes(judged))
+    lengths = response_length(train, response_labels(texts["train"]), *sizes).tolist()
     return _by_part(texts, parts, [scored(*each) for each in zip(judged, lengths, strict=True)])
+
+
+def _response_sizes(texts: Sequence[Text]) -> Int[Tensor, " text"]:
+    return torch.tensor([int(text.is_response.sum()) for text in texts])
 
 
 def _by_part(texts: Texts, parts: Sequence[str], found: Sequence[ScoredText]) -> ScoredParts:
@@ -121,9 +135,8 @@ def _by_part(texts: Texts, parts: Sequence[str], found: Sequence[ScoredText]) ->
 
 
 def _judge(
-    texts: Texts, reader: LoadedModel, metric: str, config: RivalConfig, seed: int
+    chosen: Sequence[Text], reader: LoadedModel, metric: str, config: RivalConfig
 ) -> tuple[ScoredParts, dict[str, int]]:
-    chosen = drawn(texts["test"], config.num_judged, seed)
     question = config.question or QUESTIONS.get(metric) or f"Does this hold of the text: {metric.replace('_', ' ')}?"
     longest = min(1024, reader.model.config.max_position_embeddings // 2)  # the question needs room too
     found = judge_responses(reader, [text.conversation for text in chosen], question, max_tokens=longest)
@@ -131,12 +144,7 @@ def _judge(
     return {"test": judged}, dict(zip((text.id for text in judged), found.num_tokens.tolist(), strict=True))
 
 
-def _classifier(texts: Texts, reader: LoadedModel, config: RivalConfig, seed: int) -> list[ScoredText]:
-    chosen = {
-        "train": drawn(texts["train"], config.num_train, seed),
-        "validation": drawn(texts["validation"], config.num_judged, seed),
-        "test": drawn(texts["test"], config.num_judged, seed),
-    }
+def _classifier(chosen: Texts, reader: LoadedModel, config: ClassifierConfig, seed: int) -> list[ScoredText]:
     train, validation = (
         LabelledTexts([text.conversation for text in chosen[name]], response_labels(chosen[name]))
         for name in ("train", "validation")
@@ -146,7 +154,7 @@ def _classifier(texts: Texts, reader: LoadedModel, config: RivalConfig, seed: in
         train,
         validation=validation,
         test=[text.conversation for text in chosen["test"]],
-        config=config.classifier,
+        config=config,
         generator=generator(seed, "classifier"),
     )
     return [scored(*each) for each in zip(chosen["test"], scores.tolist(), strict=True)]

@@ -13,7 +13,7 @@ from pilotfish.texts.endpoint import Endpoint
 from pilotfish.texts.injection import AttackSplit, injection_class, read_bipia, split_by_attack
 from pilotfish.texts.labelling import Judged, Labelling, judge_passages, labelled
 from pilotfish.texts.readers import read_cyberseceval, read_sven
-from pilotfish.texts.splits import apart_from, check_leak, split
+from pilotfish.texts.splits import apart_from, check_leak, joined_groups, num_documents, split
 from pilotfish.texts.steering_sets import (
     Contrast,
     read_actadd_essays,
@@ -36,8 +36,10 @@ __all__ = [
     "check_leak",
     "encode",
     "injection_class",
+    "joined_groups",
     "judge_passages",
     "labelled",
+    "num_documents",
     "read_actadd_essays",
     "read_anthropic_evals",
     "read_bipia",

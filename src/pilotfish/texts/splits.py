@@ -32,7 +32,7 @@ def split(
     """
     if any(not fraction > 0 for fraction in fractions.values()) or not math.isclose(sum(fractions.values()), 1.0):
         raise SettingError(f"split fractions are {dict(fractions)}; give positive numbers that sum to 1")
-    joined = _joined_groups(conversations)
+    joined = joined_groups(conversations)
     sizes: dict[str, int] = defaultdict(int)
     for conversation in conversations:
         sizes[joined[conversation.group]] += 1
@@ -87,7 +87,7 @@ def apart_from(held_out: Sequence[Conversation], rows: Sequence[Conversation]) -
     return [row for row in rows if row.group not in groups]
 
 
-def _joined_groups(conversations: Sequence[Conversation]) -> dict[str, str]:
+def joined_groups(conversations: Sequence[Conversation]) -> dict[str, str]:
     """Maps every group to the smallest name among the groups that it shares texts with, directly or through others."""
     parent = {conversation.group: conversation.group for conversation in conversations}
 
@@ -104,13 +104,18 @@ def _joined_groups(conversations: Sequence[Conversation]) -> dict[str, str]:
     return {group: root(group) for group in parent}
 
 
+def num_documents(conversations: Sequence[Conversation]) -> int:
+    """How many of them are independent."""
+    return len(set(joined_groups(conversations).values()))
+
+
 def _documents(conversation: Conversation) -> Iterator[str]:
-    """Hashes of the texts that make a document: what assistants wrote, or everything when none wrote."""
+    """Hashes of the texts that make a document: what assistants wrote, or what users did when none wrote."""
     messages = conversation.messages
     is_answered = any(message.role == "assistant" and message.content.strip() for message in messages)
     for index, message in enumerate(messages):
         text = " ".join(message.content.split())
-        if not text or (is_answered and message.role != "assistant"):
+        if not text or message.role == "system" or (is_answered and message.role != "assistant"):
             continue
         if len(text) < SHORT_CHARACTERS:
             text = "\n".join(" ".join(earlier.content.split()) for earlier in messages[: index + 1])
