@@ -85,7 +85,7 @@ class DataCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """The JSON beside a bank's weights; an unknown key is refused on reading, and a missing one that cards always had."""
+    """The JSON beside a bank's weights; unknown keys are refused on reading, and missing ones that cards always had."""
 
     identity: Identity
     """The one model that the heads were made for."""
