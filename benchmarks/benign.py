@@ -1,11 +1,10 @@
-"""What a larger sample of benign responses buys: recall at the same promise, and whether the promise is kept.
+"""What a larger sample of benign responses buys: recall at the same promise.
 
     python benchmarks/benign.py --data FOLDER --banks out/heads/banks/smollm2-refusal-seed0 … [--sizes 299 500 1000]
 
 The banks are what `benchmarks/heads.py` wrote, of one reader; their scored.json has the held-out texts. The benign
 responses are those of HaluEval that none of the benchmark's tasks takes, so no head has learnt from any. A draw sets
-the threshold on so many of them; what is flagged of the others tells whether the bound on the card holds. Bounds are
-made to fail once in twenty draws, where draws are few beside what they are drawn from; sizes near the whole tell less.
+the threshold on so many of them, and the others say what is flagged of responses that did not.
 """
 
 from __future__ import annotations
@@ -50,6 +49,8 @@ def main() -> None:
     banks = {folder: HeadBank.load(folder) for folder in args.banks}
     reader = load_model(next(iter(banks.values())).identity.name)
     pool = others(args.data)
+    if max(args.sizes) >= len(pool):
+        parser.error(f"there are {len(pool)} benign responses; give --sizes below that, so that some are left")
     rows = []
     for folder, bank in banks.items():
         scores = response_scores(pool, reader, bank, args.work)
@@ -80,7 +81,7 @@ def response_scores(
 
 
 def at_size(folder: Path, scores: Float[Tensor, " response"], size: int, budget: float, seed: int) -> dict[str, Any]:
-    """Means over draws of the threshold, with the 5th and the 95th of a hundred; and how often the promise broke."""
+    """Means over draws of what the threshold finds and flags, with the 5th and the 95th of a hundred."""
     held_out = [text for text in read_scored(folder / SCORED_FILE).by_scorer["head"] if text.label == text.label]
     positive, negative = (
         torch.tensor([text.score for text in held_out if (text.label >= 0.5) == wanted]) for wanted in (True, False)
@@ -92,13 +93,7 @@ def at_size(folder: Path, scores: Float[Tensor, " response"], size: int, budget:
         threshold = threshold_at_budget(scores[order[:size]], budget).threshold
         for name, values in (("recall", positive), ("fpr", negative), ("flagged", scores[order[size:]])):
             figures[name].append(float((values >= threshold).double().mean()))
-    broken = sum(share > budget for share in figures["flagged"]) / NUM_DRAWS
-    return {
-        "bank": folder.name,
-        "size": size,
-        **{name: spread(values) for name, values in figures.items()},
-        "broken": broken,
-    }
+    return {"bank": folder.name, "size": size} | {name: spread(values) for name, values in figures.items()}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -111,8 +106,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     cells = []
     for row in rows:
         found = ["{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[name]) for name in names]
-        cells.append([row["bank"], str(row["size"]), *found, f"{row['broken']:.2f}"])
-    head = ["bank", "benign", "found", "held-out negatives flagged", "other benign flagged", "over the budget"]
+        cells.append([row["bank"], str(row["size"]), *found])
+    head = ["bank", "benign", "found", "held-out negatives flagged", "other benign flagged"]
     print(table(head, cells))
 
 

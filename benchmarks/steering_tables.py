@@ -137,7 +137,8 @@ class Tables:
         random = generator(self.seed, task.name)
         rows = compare(steered.arms, {"behaviour": behaviour}, generator=random)
         prompts = {arm.name: values[arm.name] for arm in steered.arms if arm.instruction or arm.examples}
-        verdict = against_prompt(values["vector"], prompts, asked, generator=random).sentence
+        stronger = max(steered.by_prompt, key=lambda name: steered.by_prompt[name])
+        verdict = against_prompt(values["vector"], prompts, asked, best=stronger, generator=random).sentence
         return self.report(task.name, steered, rows, f"By what is written: {verdict}")
 
     def config(self, name: str, instruction: str) -> RecipeConfig:
@@ -186,7 +187,7 @@ class Tables:
         random = generator(self.seed, f"{task}, side effects")
         size = self.sizes
         measures: dict[str, Measure] = {
-            "unrelated loss": lambda arm: text_losses(self.loaded, arm, self.unrelated),
+            "unrelated loss": lambda arm: text_losses(self.loaded, begun(arm), self.unrelated),
             "repetition": self.scored(ASKED[:4], [repetition] * 4, size.answer_tokens),
         }
         measures = {name: self.once(name, measure) for name, measure in measures.items()}
@@ -240,7 +241,7 @@ class Tables:
         arms += [Arm(name="the word", prefix=" weddings"), Arm(name="another word", prefix=" tables")]
 
         def losses(name: str) -> Measure:
-            return lambda arm: text_losses(self.loaded, replace(arm, prefix=f"{START}{arm.prefix}"), self.pieces[name])
+            return lambda arm: text_losses(self.loaded, begun(arm), self.pieces[name])
 
         measures = {name: losses(name) for name in ("wedding", "shipping", "macedonia", "banana_bread")}
         rows = compare(arms, measures, generator=random)
@@ -350,6 +351,11 @@ def within_dose(points: Sequence[Figures], name: str) -> list[float]:
         by_dose.setdefault(round(point["relative"], 6), []).append(math.log(point[name]))
     means = {dose: sum(values) / len(values) for dose, values in by_dose.items()}
     return [math.log(point[name]) - means[round(point["relative"], 6)] for point in points]
+
+
+def begun(arm: Arm) -> Arm:
+    """The same after a token that stands for no word: else an arm that says anything gains by something being there."""
+    return replace(arm, prefix=f"{START}{arm.prefix}")
 
 
 def row_of(task: str, row: Row) -> Figures:

@@ -61,7 +61,7 @@ def test_the_table_has_every_arm_and_ends_with_a_verdict(
     said = capsys.readouterr().out
     for words in ("says return: best at", "random direction", "shuffled labels", "few-shot prompt", "95 % intervals"):
         assert words in said
-    assert "than the vector" in said or "The vector does better" in said or "Neither is shown" in said
+    assert "2 independent items are too few to tell; the " in said
 
 
 def test_verify_passes_and_prints_each_check(vector: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +91,19 @@ def test_calibrate_writes_the_dose_of_a_budget_on_the_card(
     assert after is not None and after != before
     said = capsys.readouterr().out
     assert "acceptance at least 0.95" in said and "margin, nats" in said
+
+
+def test_a_budget_that_no_dose_keeps_leaves_the_card_as_it_was(
+    vector: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(vector, tmp_path / "kept")
+    before = next(iter(load_directions(folder, identity=None).values())).card.dose
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is it?\n")
+    told = ["--prompts", str(prompts), "--pair", str(model), "--meter", "kl_mean", "--limit", "1e-9", *QUICK]
+    assert main(["steer", "calibrate", str(folder), *told]) == 1
+    assert next(iter(load_directions(folder, identity=None).values())).card.dose == before
+    assert "the card keeps what it had" in capsys.readouterr().out
 
 
 def test_the_kind_of_a_calibration_stands_on_the_card_and_verify_goes_by_it(

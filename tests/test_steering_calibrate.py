@@ -109,6 +109,17 @@ def test_calibration_says_when_the_draft_is_below_the_budget_from_the_start(pair
     assert "without any steering acceptance is" in result.reason
 
 
+def test_an_ablation_ends_where_all_is_taken_out(pair: Pair) -> None:
+    end = calibrate(
+        pair.target,
+        Steering(directions=(direction(pair),), kind="ablate"),
+        PROMPTS,
+        budget=Budget(meter="kl_mean", limit=50.0),
+        config=SHORT,
+    )
+    assert end.dose == 1.0 and not end.is_reached and end.reason.startswith("at the highest, 1, only")
+
+
 def test_the_behaviour_is_measured_at_every_dose(pair: Pair) -> None:
     result = found(
         pair, Budget(limit=0.5), behaviour=lambda edits, answers: float(len(answers) + (edits[0].op.scale != 0))

@@ -184,16 +184,35 @@ def test_a_table_that_begins_with_something_else_than_doing_nothing_is_refused()
 )
 def test_the_verdict_says_which_is_better(shift: float, words: str, wins: bool) -> None:
     vector = torch.linspace(0, 1, 12, dtype=torch.float64)
-    prompts = {"prompt": vector - 2.0, "few-shot prompt": vector + shift}
-    found = against_prompt(vector, prompts, [str(i) for i in range(12)], generator=generator(0, "v"))
+    prompts = {"prompt": vector + 5.0, "few-shot prompt": vector + shift}
+    groups = [str(i) for i in range(12)]
+    found = against_prompt(vector, prompts, groups, best="few-shot prompt", generator=generator(0, "v"))
     assert words in found.sentence and found.prompt_wins is wins
+    few = against_prompt(vector, prompts, ["a", "b", "c"] * 4, best="few-shot prompt", generator=generator(0, "v"))
+    assert few.sentence.startswith("3 independent items are too few to tell")
+    with pytest.raises(SettingError, match=r"no prompt 'poem' .* there are prompt, few-shot prompt"):
+        against_prompt(vector, prompts, groups, best="poem", generator=generator(0, "v"))
 
 
 def test_a_draw_is_called_one() -> None:
     vector = torch.zeros(12, dtype=torch.float64)
     prompts = {"prompt": torch.tensor([1.0, -1.0] * 6, dtype=torch.float64)}
-    found = against_prompt(vector, prompts, [str(i) for i in range(12)], generator=generator(0, "v"))
+    found = against_prompt(vector, prompts, [str(i) for i in range(12)], best="prompt", generator=generator(0, "v"))
     assert found.sentence.startswith("Neither is shown to be better")
+
+
+def test_an_instruction_and_examples_are_read_before_answers_without_a_prompt(loaded: LoadedModel) -> None:
+    plain = [replace(item, prompt="") for item in LETTERS]
+    told, shown = Arm(name="prompt", instruction="Say A."), few_shot(LETTERS[:2])
+    none = margins(loaded, Arm(name="none"), plain)
+    assert not torch.equal(margins(loaded, told, plain), none)
+    assert not torch.equal(margins(loaded, shown, plain), none)
+    assert not torch.equal(margins(loaded, few_shot(plain[:2]), LETTERS), margins(loaded, Arm(name="none"), LETTERS))
+
+
+def test_what_the_model_cannot_read_is_refused_with_the_arm(loaded: LoadedModel) -> None:
+    with pytest.raises(TextError, match=r"under 'few-shot prompt', where the model reads at most 512"):
+        margins(loaded, few_shot(LETTERS * 40), LETTERS)
 
 
 # Null directions
@@ -283,12 +302,28 @@ def test_a_direction_is_read_calibrated_placed_and_judged_in_one_call(loaded: Lo
     assert [row.arm for row in found.rows if row.measure == MARGIN] == [
         "no steering", "vector", "prompt", "few-shot prompt", "random direction", "shuffled labels",
     ]  # fmt: skip
-    assert [row.change is None for row in found.rows] == ([True] + [False] * 5) * 2
-    assert all(0 <= row.value.value <= 1 for row in found.rows if row.measure == PROBABILITY)
+    assert [row.change is None for row in found.rows] == [True] + [False] * 5, "two tokens each: no probability"
     assert found.candidates[0].effect >= found.candidates[-1].effect
     assert found.answers["no steering"].kl_mean == 0.0 and found.answers["vector"].kl_mean > 0
     assert all(one.behaviour is not None and math.isfinite(one.behaviour) for one in found.calibration.curve)
     assert found.verdict.sentence
+
+
+def test_answers_of_one_token_have_a_probability(loaded: LoadedModel) -> None:
+    config = RecipeConfig(name="a", sites=(MID,), num_prompts=1, num_shots=1, decoding=Decoding(max_new_tokens=3))
+    found = steer([contrast(i) for i in range(10)], loaded, config=config)
+    probabilities = [row.value.value for row in found.rows if row.measure == PROBABILITY]
+    assert len(probabilities) == 5 and all(0 < value < 1 for value in probabilities)
+    assert found.verdict.sentence.startswith("2 independent items are too few to tell")
+
+
+def test_a_pair_that_cannot_be_measured_is_refused_before_anything_is_read(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pilotfish.steering.recipe.extract", lambda *_, **__: pytest.fail("read"))
+    contrasts = [*(contrast(i) for i in range(12)), contrast(12, positive="so it", negative="so it is")]
+    with pytest.raises(TextError, match="contrast '12': one answer is the beginning of the other"):
+        steer(contrasts, loaded, config=RecipeConfig(name="a"))
 
 
 def test_a_vector_can_spend_what_the_stronger_prompt_does(loaded: LoadedModel) -> None:

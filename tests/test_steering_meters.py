@@ -142,6 +142,30 @@ def test_an_answer_ends_with_its_end_token(pair: Pair) -> None:
         assert cut.answer_ids == whole.answer_ids[:stop]
 
 
+def test_the_ends_are_the_model_s_own_where_none_are_given(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = written(pair, temperature=0.0, eos_ids=frozenset())[0].answer_ids[1]
+    monkeypatch.setattr(pair.target.generation_config, "eos_token_id", [end, 0])
+    assert written(pair, temperature=0.0)[0].answer_ids[-1] == end
+
+
+def test_an_answer_that_ends_early_moves_no_number_of_the_next_batch(pair: Pair) -> None:
+    long = written(pair, batch_size=1, eos_ids=frozenset())
+    ends = frozenset(long[0].answer_ids[:1])
+    short = written(pair, batch_size=1, eos_ids=ends)
+    assert len(short[0].answer_ids) == 1 < len(long[0].answer_ids)
+    for cut, whole in zip(short, long, strict=True):
+        assert whole.answer_ids[: len(cut.answer_ids)] == cut.answer_ids
+
+
+def test_an_output_that_is_not_finite_is_refused(pair: Pair) -> None:
+    hook = pair.target.lm_head.register_forward_hook(lambda module, given, logits: logits * float("nan"))
+    try:
+        with pytest.raises(SettingError, match="output is not finite"):
+            written(pair)
+    finally:
+        hook.remove()
+
+
 def test_the_same_seed_draws_the_same_answers_and_another_one_others(pair: Pair) -> None:
     assert written(pair, seed=1) == written(pair, seed=1) != written(pair, seed=2)
 

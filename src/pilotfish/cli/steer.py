@@ -81,7 +81,7 @@ def run_calibrate(config: SteerCalibrate) -> int:
         raise TextError(f"{config.prompts} has no prompts; give one a line")
     loaded = LoadedModel(pair.target, pair.tokenizer, pair.target_identity, "")
     contrasts = read_contrasts(config.pairs) if config.pairs is not None else []
-    rows = []
+    rows, has_all = [], True
     for site, direction in directions.items():
         found = calibrate(
             pair.target,
@@ -91,7 +91,9 @@ def run_calibrate(config: SteerCalibrate) -> int:
             config=CalibrationConfig(decoding=_decoding(config, pair), seed=config.seed),
             draft=pair.draft,
         )
-        directions[site] = direction.with_dose(found.dose, config.kind)
+        if found.dose:
+            directions[site] = direction.with_dose(found.dose, config.kind)
+        has_all = has_all and found.dose > 0
         effect = ""
         if contrasts:
             effect = (
@@ -101,11 +103,14 @@ def run_calibrate(config: SteerCalibrate) -> int:
     save_directions(config.vector, directions)
     print(table(["site", *METERS, "margin, nats", "the budget is not spent, for"], rows))
     print(f"\n{_budget(config)}; the doses stand on the card in {config.vector}.")
+    if not has_all:
+        print("Where no dose is within the budget the card keeps what it had. Allow more, or try another layer.")
     if contrasts:
         print(
-            "The margin is the log probability of the positive answers less that of the negative ones: larger is more."
+            "The margin is the log probability a token of the positive answers less that of the negative ones: larger "
+            "is more."
         )
-    return 0
+    return 0 if has_all else 1
 
 
 def run_verify(config: SteerVerify) -> int:
@@ -251,10 +256,13 @@ def _print_steered(found: Steered) -> None:
         answered = found.answers.get(row.arm)
         damage = [f"{figure:.3f}" for figure in answered.damage.values()] if answered else [""] * 3
         rows.append([row.arm, _cell(row.value), _cell(row.change) if row.change else "", *damage])
-    print(f"\n{table(['', 'margin, nats', 'change', 'KL mean', 'KL p95', 'acceptance'], rows)}")
+    print(f"\n{table(['', MARGIN, 'change', 'KL mean', 'KL p95', 'acceptance'], rows)}")
     print(
-        "\nOn pairs put aside, with 95 % intervals; the margin is log p(positive answer) less log p(negative answer)."
+        "\nOn pairs put aside, with 95 % intervals; the margin is log p(positive answer) less log p(negative answer), "
+        "a mean over the tokens in which they differ."
     )
+    for name, reason in found.unspent.items():
+        print(f"The {name} does not spend the budget: {reason}")
     for name, answered in found.answers.items():
         print(f"{name} writes: {' '.join(answered.texts[0].split())}")
     print(f"\nBy margin: {found.verdict.sentence} What is written by itself can say otherwise: read it.")

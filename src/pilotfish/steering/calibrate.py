@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
 from transformers import PreTrainedModel
@@ -65,7 +65,7 @@ class CalibrationConfig:
     first_relative: float = 0.05
     """Where the search begins, as a relative dose; it doubles until the budget is overspent."""
     highest_relative: float = 4.0
-    """Where it gives up: text has long fallen apart by then."""
+    """Where it gives up: text has long fallen apart by then. An ablation ends at 1, where all is taken out."""
     tolerance: float = 0.05
     """The dose is known to this share of itself."""
     decoding: Decoding = field(default_factory=Decoding)
@@ -155,6 +155,8 @@ def calibrate(
         SettingError: there are no prompts, all vectors are 0, or a dose makes the output not finite.
     """
     budget, config = budget or Budget(), config or CalibrationConfig()
+    if steering.kind == "ablate":  # 1 takes all of it out; more would put it back the other way round
+        config = replace(config, highest_relative=min(config.highest_relative, 1.0))
     if not prompts:
         raise SettingError("there are no prompts to calibrate on; give some, better 16 or more")
     norms = stream_norms(model, [direction.site for direction in steering.directions], prompts)

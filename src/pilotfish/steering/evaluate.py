@@ -27,6 +27,8 @@ from pilotfish.taps import Edit
 from pilotfish.texts import Contrast, encode, render
 
 NO_STEERING = "no steering"
+MIN_TO_TELL = 8
+"""Independent items that a verdict takes: a bootstrap of fewer calls noise a difference several times too often."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -40,11 +42,17 @@ class Arm:
     examples: tuple[Message, ...] = ()
     """Earlier turns that show what is wanted."""
     prefix: str = ""
-    """Put before a plain text, which has no messages."""
+    """Put before a prompt, and before a plain text, which has no messages."""
 
     def messages(self, prompt: str) -> tuple[Message, ...]:
         system = (Message("system", self.instruction),) if self.instruction else ()
-        return (*system, *self.examples, Message("user", prompt))
+        return (*system, *self.examples, Message("user", f"{self.prefix}{prompt}"))
+
+    @property
+    def before(self) -> str:
+        """What a plain text is read after: the prefix, then what instruction and examples say."""
+        said = [self.instruction, *(message.content for message in self.examples)]
+        return self.prefix + "".join(f"{each}\n\n" for each in said if each)
 
 
 class Row(NamedTuple):
@@ -101,21 +109,39 @@ def prompt_ids(loaded: LoadedModel, arm: Arm, prompt: str) -> list[int]:
 
 
 def margins(loaded: LoadedModel, arm: Arm, contrasts: Sequence[Contrast]) -> Float[Tensor, " item"]:
-    """Log probability of the positive answer less that of the negative, in nats; float64.
+    """Log probability a token of the positive answer less that of the negative, in nats; float64.
 
     Only the tokens that tell the two apart count, as a mean over each side's: for `(A)` and `(B)` that is the log odds
-    of the letters, and its sigmoid their probability. Answers without a prompt are read as plain texts.
+    of the letters, and its sigmoid their probability; for longer answers it is no probability of anything. Answers
+    without a prompt are read as plain texts, after what the arm says.
 
     Raises:
-        TextError: the two answers of a contrast are the same tokens, or one is the beginning of the other.
+        TextError: the two answers of a contrast are the same tokens, or one is the beginning of the other; or they are
+            longer than the model reads, with what the arm puts before them.
     """
     parts = [part for item, contrast in enumerate(contrasts) for part in _parts(loaded, arm, item, contrast)]
     found = torch.zeros(len(contrasts), dtype=torch.float64)
+    longest, room = max(map(_size, parts), default=0), loaded.model.config.max_position_embeddings
+    if longest > room:
+        raise TextError(
+            f"a contrast takes {longest} tokens under {arm.name!r}, where the model reads at most {room}; shorten "
+            "prompts and answers, or show fewer examples"
+        )
     for index, log_probs in _log_probs(loaded, arm, [part.sampled for part in parts]):
         part = parts[index]
         weights = torch.tensor(part.weights, dtype=torch.float64)
         found[part.item] += log_probs[part.places, part.token_ids].double().cpu() @ weights
     return found
+
+
+def differ_in_one_token(loaded: LoadedModel, contrasts: Sequence[Contrast]) -> bool:
+    """Whether the answers of every contrast differ in one token each, so that margins are log odds.
+
+    Raises:
+        TextError: as `margins`, of any arm.
+    """
+    spans = [_differing(*_sides(loaded, item), where=f"contrast {item.id!r}") for item in contrasts]
+    return all(ends == (first + 1, first + 1) for first, ends in spans)
 
 
 def letter_probability(loaded: LoadedModel, arm: Arm, contrasts: Sequence[Contrast]) -> Float[Tensor, " item"]:
@@ -126,13 +152,13 @@ def letter_probability(loaded: LoadedModel, arm: Arm, contrasts: Sequence[Contra
 def text_losses(loaded: LoadedModel, arm: Arm, texts: Sequence[str]) -> Float[Tensor, " text"]:
     """Mean nats a token of each text as it stands; `exp` of it is the perplexity.
 
-    What an arm puts before plain texts, or else its instruction and examples, is read before each text and not counted.
+    What an arm puts before plain texts, `Arm.before`, is read before each text and not counted. Many models have no BOS
+    and read a text worse that nothing stands before: hold arms against each other with a `prefix` in all of them.
 
     Raises:
         TextError: a text has fewer than two tokens.
     """
-    said = "\n\n".join(filter(None, [arm.instruction, *(message.content for message in arm.examples)]))
-    prefix = _plain_ids(loaded, arm.prefix or said)
+    prefix = _plain_ids(loaded, arm.before)
     rows = [list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     if any(len(ids) < 2 for ids in rows):
         raise TextError("a text of fewer than two tokens has no perplexity; give a longer one")
@@ -228,7 +254,7 @@ class Verdict(NamedTuple):
 
     prompt_wins: bool
     difference: Estimate
-    """The best prompt's effect less the vector's, item by item."""
+    """The prompt's effect less the vector's, item by item."""
     sentence: str
 
 
@@ -237,22 +263,28 @@ def against_prompt(
     prompts: Mapping[str, Float[Tensor, " item"]],
     groups: Sequence[str],
     *,
+    best: str,
     generator: torch.Generator,
 ) -> Verdict:
-    """Holds a vector against the best of the prompts, on the same items.
+    """Holds a vector against a prompt, on the same items; with fewer than eight groups without a verdict.
+
+    Args:
+        best: Of the prompts, chosen on other items: the best of these would be a little lucky.
 
     Raises:
-        SettingError: there is no prompt, or fewer than two groups.
+        SettingError: there is no such prompt, or fewer than two groups.
     """
-    if not prompts:
-        raise SettingError("there is no prompt to hold the vector against; give an instruction or examples")
-    name = max(prompts, key=lambda prompt: float(prompts[prompt].mean()))
+    if best not in prompts:
+        raise SettingError(f"there is no prompt {best!r} to hold the vector against; there are {', '.join(prompts)}")
+    name, num_groups = best, len(set(groups))
     difference = bootstrap_by_group(mean_of((prompts[name] - vector).tolist()), groups, generator=generator)
     figure = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-    if difference.low > 0:
+    if num_groups < MIN_TO_TELL:
+        sentence = f"{num_groups} independent items are too few to tell; the {name} less the vector is {figure}."
+    elif difference.low > 0:
         sentence = f"The {name} does better than the vector, by {figure}: use the {name}."
     elif difference.high < 0:
-        sentence = f"The vector does better than every prompt tried; the {name} less the vector is {figure}."
+        sentence = f"The vector does better than the {name}, which less the vector is {figure}."
     else:
         sentence = f"Neither is shown to be better; the {name} less the vector is {figure}."
     return Verdict(difference.value > 0, difference, sentence)
@@ -268,11 +300,23 @@ class _Part(NamedTuple):
     weights: Sequence[float]
 
 
+def _size(part: _Part) -> int:
+    return len(part.sampled.prompt_ids) + len(part.sampled.answer_ids)
+
+
+def _sides(loaded: LoadedModel, contrast: Contrast) -> tuple[list[int], list[int]]:
+    """Token ids of both answers."""
+    one, other = (
+        list(loaded.tokenizer(text.strip(), add_special_tokens=False)["input_ids"])
+        for text in (contrast.positive, contrast.negative)
+    )
+    return one, other
+
+
 def _parts(loaded: LoadedModel, arm: Arm, item: int, contrast: Contrast) -> Iterator[_Part]:
     asked = contrast.prompt
-    prompt = tuple(prompt_ids(loaded, arm, asked) if asked else _plain_ids(loaded, arm.prefix or "\n"))
-    texts = (contrast.positive.strip(), contrast.negative.strip())
-    sides = [list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    prompt = tuple(prompt_ids(loaded, arm, asked) if asked else _plain_ids(loaded, arm.before or "\n"))
+    sides = _sides(loaded, contrast)
     first, ends = _differing(*sides, where=f"contrast {contrast.id!r}")
     if ends == (first + 1, first + 1):  # both can be read off the same logits
         answer_ids = tuple(sides[0][: first + 1])

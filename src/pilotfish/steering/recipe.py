@@ -23,11 +23,13 @@ from pilotfish.steering.evaluate import (
     NO_STEERING,
     Answered,
     Arm,
+    Measure,
     Row,
     Verdict,
     against_prompt,
     answer,
     compare,
+    differ_in_one_token,
     few_shot,
     margins,
     prompt_ids,
@@ -41,10 +43,9 @@ from pilotfish.taps import Edit, When
 from pilotfish.texts import Contrast
 
 MIN_CONTRASTS = 10
-FIRST_RELATIVE = 0.05
 SHARES = {"train": 0.6, "choose": 0.2, "test": 0.2}
 """Read the direction; choose dose and layer; report."""
-MARGIN, PROBABILITY = "margin, nats", "probability of the positive answer"
+MARGIN, PROBABILITY = "margin, nats a token", "probability of the positive answer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +91,14 @@ class Steered(NamedTuple):
     by_prompt: dict[str, float]
     """That margin under each prompt, by the name of its arm."""
     rows: tuple[Row, ...]
-    """All arms on the contrasts put aside: their margins, and the probability that goes with each."""
+    """All arms on the contrasts put aside: their margins and, where answers differ in one token, the probability."""
     answers: dict[str, Answered]
     """What each arm wrote to the first prompts put aside, with its damage; empty where there are no prompts."""
     verdict: Verdict
     arms: tuple[Arm, ...]
     """As they were compared, for further measures."""
+    unspent: dict[str, str]
+    """By null direction: why it does not spend the budget; empty where both do."""
 
 
 def steer(contrasts: Sequence[Contrast], loaded: LoadedModel, *, config: RecipeConfig) -> Steered:
@@ -105,6 +108,7 @@ def steer(contrasts: Sequence[Contrast], loaded: LoadedModel, *, config: RecipeC
     Raises:
         TextError: there are too few contrasts, or too few independent ones.
     """
+    differ_in_one_token(loaded, contrasts)  # refuses those that differ in none, before anything is run
     parts = divided(contrasts, seed=config.seed)
     sites = config.sites or _sites(num_layers(loaded.model), config.num_sites)
     read = extract(parts["train"], loaded, name=config.name, sites=sites, config=config.extract)
@@ -134,11 +138,12 @@ def steer(contrasts: Sequence[Contrast], loaded: LoadedModel, *, config: RecipeC
         "shuffled labels": extract(mixed, loaded, name="shuffled", sites=[site], config=config.extract)[site],
     }
     arms = [Arm(name=NO_STEERING), Arm(name="vector", edits=final.edits(loaded.model)), *shown]
-    near = min(max(final.meters.relative, FIRST_RELATIVE), 1.0)  # nulls cost about what the vector does
+    unspent: dict[str, str] = {}
     for name, null in nulls.items():
-        dosed = _calibrated(null, prompts, loaded, config, first=near)
+        dosed = _calibrated(null, prompts, loaded, config)
         arms.append(Arm(name=name, edits=dosed.edits(loaded.model)))
-    return _judged(loaded, parts["test"], arms, (ranked, final, by_prompt), config)
+        unspent |= {name: dosed.reason} if dosed.reason else {}
+    return _judged(loaded, parts["test"], arms, (ranked, final, by_prompt), config)._replace(unspent=unspent)
 
 
 def divided(contrasts: Sequence[Contrast], *, seed: int) -> dict[str, list[Contrast]]:
@@ -179,17 +184,20 @@ def _judged(
 
     groups = [item.group for item in test]
     random = generator(config.seed, "intervals")
-    measures = {MARGIN: margin, PROBABILITY: lambda arm: measured[arm.name].sigmoid()}
+    measures: dict[str, Measure] = {MARGIN: margin}
+    if differ_in_one_token(loaded, test):
+        measures[PROBABILITY] = lambda arm: measured[arm.name].sigmoid()
     rows = compare(arms, measures, groups=dict.fromkeys(measures, groups), generator=random)
     prompts = {arm.name: measured[arm.name] for arm in arms if arm.instruction or arm.examples or arm.prefix}
-    verdict = against_prompt(measured["vector"], prompts, groups, generator=random)
+    stronger = max(by_prompt, key=lambda name: by_prompt[name])
+    verdict = against_prompt(measured["vector"], prompts, groups, best=stronger, generator=random)
     asked = [item.prompt for item in test if item.prompt][: config.num_prompts]
     answers = {
         arm.name: answer(loaded, arm, asked, decoding=config.decoding, generator=generator(config.seed, "answers"))
         for arm in (arms if asked else ())
     }
     direction = final.steering.directions[0].with_dose(final.dose, config.kind)
-    return Steered(direction, final, tuple(ranked), by_prompt, tuple(rows), answers, verdict, tuple(arms))
+    return Steered(direction, final, tuple(ranked), by_prompt, tuple(rows), answers, verdict, tuple(arms), {})
 
 
 def _calibrated(
@@ -198,11 +206,10 @@ def _calibrated(
     loaded: LoadedModel,
     config: RecipeConfig,
     *,
-    first: float = FIRST_RELATIVE,
     tolerance: float = 0.05,
     behaviour: Behaviour | None = None,
 ) -> Calibration:
-    how = CalibrationConfig(first_relative=first, decoding=config.decoding, tolerance=tolerance, seed=config.seed)
+    how = CalibrationConfig(decoding=config.decoding, tolerance=tolerance, seed=config.seed)
     steering = Steering(directions=(direction,), kind=config.kind, when=config.when)
     return calibrate(loaded.model, steering, prompts, budget=config.budget, config=how, behaviour=behaviour)
 
@@ -233,6 +240,11 @@ def _prompts(loaded: LoadedModel, contrasts: Sequence[Contrast], count: int) -> 
             prompts.append(prompt_ids(loaded, Arm(name=NO_STEERING), item.prompt))
         else:
             ids = list(loaded.tokenizer(item.negative)["input_ids"])
+            if len(ids) < 3:
+                raise TextError(
+                    f"contrast {item.id!r} has no prompt, and its negative answer is too short to go on from; give "
+                    "prompts, or longer answers"
+                )
             prompts.append(ids[: math.ceil(len(ids) / 2)])
     return prompts
 

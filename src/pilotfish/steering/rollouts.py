@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -30,8 +30,8 @@ class Decoding:
     max_new_tokens: int = 32
     temperature: float = 1.0
     """0 takes the likeliest token."""
-    eos_ids: frozenset[int] = frozenset()
-    """Tokens that end an answer."""
+    eos_ids: frozenset[int] | None = None
+    """Tokens that end an answer; None takes those that the model's own configuration names."""
     batch_size: int = 8
     """Answers written side by side."""
 
@@ -57,18 +57,35 @@ def rollouts(
     Prompts of a batch are padded on the left. Rows of an edit's `when` count in each batch.
 
     Raises:
-        SettingError: a prompt is empty.
+        SettingError: a prompt is empty, or the model's output is not finite.
     """
     if not all(prompts):
         raise SettingError("a prompt is empty; give each at least one token")
     sampled: list[Sampled] = []
+    if decoding.eos_ids is None:
+        decoding = replace(decoding, eos_ids=_own_ends(model))
     size = decoding.batch_size
     batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    for batch in progress(batches, "answers", total=len(batches)):
+    for batch, random in zip(
+        progress(batches, "answers", total=len(batches)), _apart(generator, len(batches)), strict=True
+    ):
         with edited(model, edits, prompt_length=max(map(len, batch))):
-            answers = _answers(model, batch, decoding, generator)
+            answers = _answers(model, batch, decoding, random)
         sampled += [Sampled(tuple(prompt), answer) for prompt, answer in zip(batch, answers, strict=True)]
     return sampled
+
+
+def _own_ends(model: PreTrainedModel) -> frozenset[int]:
+    configured = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
+    return frozenset(configured if isinstance(configured, list) else [] if configured is None else [configured])
+
+
+def _apart(generator: torch.Generator, count: int) -> list[torch.Generator]:
+    """One a batch, so that an answer that ends early moves no number of the next batch."""
+    if count < 2:
+        return [generator] * count
+    seeds = torch.randint(2**62, (count,), generator=generator).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _answers(
@@ -82,6 +99,7 @@ def _answers(
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     cache = DynamicCache()  # full layers even for sliding-window models
     answers: list[list[int]] = [[] for _ in prompts]
+    ends = decoding.eos_ids or frozenset()
     is_open = [True] * len(prompts)
     for _ in range(decoding.max_new_tokens):
         places = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
@@ -92,7 +110,7 @@ def _answers(
         for row, token in enumerate(ids[:, 0].tolist()):
             if is_open[row]:
                 answers[row].append(token)
-                is_open[row] = token not in decoding.eos_ids
+                is_open[row] = token not in ends
         if not any(is_open):
             break
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
@@ -105,5 +123,7 @@ def _drawn(
     if temperature == 0:
         return logits.float().argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1)
+    if not bool(probabilities.isfinite().all()):
+        raise SettingError("the model's output is not finite; is an edit far too strong, or are weights damaged?")
     drawn: Tensor = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0]
     return drawn.to(logits.device)
