@@ -143,7 +143,7 @@ def steer(contrasts: Sequence[Contrast], loaded: LoadedModel, *, config: RecipeC
         dosed = _calibrated(null, prompts, loaded, config)
         arms.append(Arm(name=name, edits=dosed.edits(loaded.model)))
         unspent |= {name: dosed.reason} if dosed.reason else {}
-    return _judged(loaded, parts["test"], arms, (ranked, final, by_prompt), config)._replace(unspent=unspent)
+    return _judged(loaded, parts["test"], arms, (ranked, final, by_prompt, unspent), config)
 
 
 def divided(contrasts: Sequence[Contrast], *, seed: int) -> dict[str, list[Contrast]]:
@@ -172,10 +172,10 @@ def _judged(
     loaded: LoadedModel,
     test: Sequence[Contrast],
     arms: Sequence[Arm],
-    chosen: tuple[list[Candidate], Calibration, dict[str, float]],
+    chosen: tuple[list[Candidate], Calibration, dict[str, float], dict[str, str]],
     config: RecipeConfig,
 ) -> Steered:
-    ranked, final, by_prompt = chosen
+    ranked, final, by_prompt, unspent = chosen
     measured: dict[str, Float[Tensor, " item"]] = {}
 
     def margin(arm: Arm) -> Float[Tensor, " item"]:
@@ -197,7 +197,7 @@ def _judged(
         for arm in (arms if asked else ())
     }
     direction = final.steering.directions[0].with_dose(final.dose, config.kind)
-    return Steered(direction, final, tuple(ranked), by_prompt, tuple(rows), answers, verdict, tuple(arms), {})
+    return Steered(direction, final, tuple(ranked), by_prompt, tuple(rows), answers, verdict, tuple(arms), unspent)
 
 
 def _calibrated(
