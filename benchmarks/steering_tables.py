@@ -51,6 +51,8 @@ from pilotfish.taps import Add, Edit, When, edited
 from pilotfish.texts import read_actadd_essays
 
 START = "<|endoftext|>"
+NEUTRAL = "Here is a text.\n\n"
+"""Before every unrelated text; after `START` alone Qwen reads a piece of an essay much worse than after nothing."""
 
 Figures = dict[str, Any]
 
@@ -187,7 +189,7 @@ class Tables:
         random = generator(self.seed, f"{task}, side effects")
         size = self.sizes
         measures: dict[str, Measure] = {
-            "unrelated loss": lambda arm: text_losses(self.loaded, begun(arm), self.unrelated),
+            "unrelated loss": lambda arm: text_losses(self.loaded, after(NEUTRAL, arm), self.unrelated),
             "repetition": self.scored(ASKED[:4], [repetition] * 4, size.answer_tokens),
         }
         measures = {name: self.once(name, measure) for name, measure in measures.items()}
@@ -241,7 +243,7 @@ class Tables:
         arms += [Arm(name="the word", prefix=" weddings"), Arm(name="another word", prefix=" tables")]
 
         def losses(name: str) -> Measure:
-            return lambda arm: text_losses(self.loaded, begun(arm), self.pieces[name])
+            return lambda arm: text_losses(self.loaded, after(START, arm), self.pieces[name])
 
         measures = {name: losses(name) for name in ("wedding", "shipping", "macedonia", "banana_bread")}
         rows = compare(arms, measures, generator=random)
@@ -353,9 +355,9 @@ def within_dose(points: Sequence[Figures], name: str) -> list[float]:
     return [math.log(point[name]) - means[round(point["relative"], 6)] for point in points]
 
 
-def begun(arm: Arm) -> Arm:
-    """The same after a token that stands for no word: else an arm that says anything gains by something being there."""
-    return replace(arm, prefix=f"{START}{arm.prefix}")
+def after(said: str, arm: Arm) -> Arm:
+    """The same with a text before it: else an arm that says anything gains by something being there."""
+    return replace(arm, prefix=f"{said}{arm.prefix}")
 
 
 def row_of(task: str, row: Row) -> Figures:
