@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pilotfish.errors import SettingError
+from pilotfish.runs import generator as seeded
 from pilotfish.runs import progress
 from pilotfish.taps import Edit, edited
 
@@ -85,7 +86,7 @@ def _apart(generator: torch.Generator, count: int) -> list[torch.Generator]:
     if count < 2:
         return [generator] * count
     seeds = torch.randint(2**62, (count,), generator=generator).tolist()
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [seeded(seed, "a batch of answers") for seed in seeds]
 
 
 def _answers(
