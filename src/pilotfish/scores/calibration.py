@@ -231,9 +231,8 @@ def threshold_at_budget(
         SettingError: the sample is too small for the budget (says how many are needed), a score is no probability, or
             so many benign responses reach probability 1 that no threshold is left.
     """
-    scores = (
-        (max_scores.cpu() if groups is None else _by_document(max_scores.cpu(), groups)).sort(descending=True).values
-    )
+    scores = max_scores.cpu() if groups is None else _by_document(max_scores.cpu(), groups)
+    scores = scores.sort(descending=True).values
     needed = num_benign_needed(budget, level)
     if len(scores) < needed:
         raise SettingError(

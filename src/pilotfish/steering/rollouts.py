@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -63,15 +63,14 @@ def rollouts(
     if not all(prompts):
         raise SettingError("a prompt is empty; give each at least one token")
     sampled: list[Sampled] = []
-    if decoding.eos_ids is None:
-        decoding = replace(decoding, eos_ids=_own_ends(model))
+    ends = _own_ends(model) if decoding.eos_ids is None else decoding.eos_ids
     size = decoding.batch_size
     batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     for batch, random in zip(
         progress(batches, "answers", total=len(batches)), _apart(generator, len(batches)), strict=True
     ):
         with edited(model, edits, prompt_length=max(map(len, batch))):
-            answers = _answers(model, batch, decoding, random)
+            answers = _answers(model, batch, decoding, ends, random)
         sampled += [Sampled(tuple(prompt), answer) for prompt, answer in zip(batch, answers, strict=True)]
     return sampled
 
@@ -93,6 +92,7 @@ def _answers(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
+    ends: frozenset[int],
     generator: torch.Generator,
 ) -> list[tuple[int, ...]]:
     width = max(map(len, prompts))
@@ -100,7 +100,6 @@ def _answers(
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     cache = DynamicCache()  # full layers even for sliding-window models
     answers: list[list[int]] = [[] for _ in prompts]
-    ends = decoding.eos_ids or frozenset()
     is_open = [True] * len(prompts)
     for _ in range(decoding.max_new_tokens):
         places = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
