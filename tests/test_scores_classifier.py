@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -52,9 +54,16 @@ TRAIN, VALIDATION, TEST = side(0, 48), side(48, 64), side(64, 88)
 
 
 def scores_of(reader=None, *, train=TRAIN, validation=VALIDATION, test=TEST.texts, config=FAST, seed=0):
-    return fine_tuned_scores(
-        reader or loaded(), train, validation=validation, test=test, config=config, generator=generator(seed, "tune")
-    )
+    with TemporaryDirectory() as folder:
+        return fine_tuned_scores(
+            reader or loaded(),
+            train,
+            validation=validation,
+            test=test,
+            config=config,
+            work_folder=Path(folder),
+            generator=generator(seed, "tune"),
+        )
 
 
 def test_it_learns_a_task_that_a_word_decides_and_gives_probabilities():

@@ -16,12 +16,19 @@ from pilotfish.models import tiny_model
 from pilotfish.taps import Shelf, TokenRow, gather, tapped
 
 SITES = (Site(0, "resid_post"), Site(-1, "final"))
+OTHER = Site(1, "resid_pre")
 MODEL = tiny_model("llama", seed=0)
 ROWS = [TokenRow(f"row-{i}", tuple(range(i, 2 * i + 3))) for i in range(12)]
 
 
-def gathered(library: Path, rows: Sequence[TokenRow], sites: Sequence[Site] = SITES, model: str = "tiny") -> Shelf:
-    return gather(MODEL, sites, rows, library, identity_hash=model)
+def gathered(
+    library: Path,
+    rows: Sequence[TokenRow],
+    sites: Sequence[Site] = SITES,
+    model: str = "tiny",
+    also: Sequence[Site] = (),
+) -> Shelf:
+    return gather(MODEL, sites, rows, library, identity_hash=model, also=also)
 
 
 def num_tokens_read(run: Callable[[], object]) -> int:
@@ -79,7 +86,23 @@ def test_two_names_of_the_same_tokens_share_one_reading(tmp_path: Path) -> None:
 def test_another_model_and_other_sites_are_read_anew(tmp_path: Path) -> None:
     gathered(tmp_path, ROWS)
     assert num_tokens_read(lambda: gathered(tmp_path, ROWS, model="another")) > 0
-    assert num_tokens_read(lambda: gathered(tmp_path, ROWS, sites=SITES[:1])) > 0
+    assert num_tokens_read(lambda: gathered(tmp_path, ROWS, sites=[*SITES, OTHER])) > 0
+
+
+def test_a_recording_of_more_sites_serves_whoever_asks_for_some(tmp_path: Path) -> None:
+    with torch.no_grad(), tapped(MODEL, [OTHER]) as taps:
+        MODEL(torch.tensor([ROWS[3].token_ids]))
+        expected = taps[OTHER][0]
+    shelves = [gathered(tmp_path, ROWS[:8], also=[OTHER])]
+    assert num_tokens_read(lambda: shelves.append(gathered(tmp_path, ROWS[:8], sites=[OTHER]))) == 0
+    assert num_tokens_read(lambda: shelves.append(gathered(tmp_path, ROWS[:8], sites=SITES[::-1]))) == 0
+    torch.testing.assert_close(shelves[0].features("row-3"), direct_pass(ROWS[3]))
+    torch.testing.assert_close(shelves[1].features("row-3"), expected)
+    final, first = direct_pass(ROWS[3]).chunk(2, dim=-1)[::-1]
+    torch.testing.assert_close(shelves[2].features("row-3"), torch.cat([final, first], dim=-1))
+    assert num_tokens_read(lambda: gathered(tmp_path, ROWS, sites=[OTHER])) == num_tokens_read(
+        lambda: gathered(tmp_path / "alone", ROWS[8:], sites=[OTHER])
+    )
 
 
 def test_an_unfinished_recording_is_gone_on_with_and_a_damaged_one_refused(tmp_path: Path) -> None:

@@ -288,6 +288,16 @@ def test_a_damaged_recording_does_not_open(damage: Callable[[Path], Any], messag
         Recording.open(tmp_path)
 
 
+def test_a_recording_opens_for_some_of_its_sites_and_refuses_others(tmp_path):
+    recorded(tmp_path)
+    whole, some = Recording.open(tmp_path), Recording.open(tmp_path, SITES[-1:])
+    row = whole.row_ids[0]
+    size = whole.features(row).shape[-1] // len(SITES)
+    assert torch.equal(some.features(row), whole.features(row)[:, -size:])
+    with pytest.raises(SettingError, match=r"77.mlp_out is not recorded in .*; use "):
+        Recording.open(tmp_path, [Site(77, "mlp_out")])
+
+
 def test_a_shard_cut_after_opening_is_noticed_by_every_way_of_reading(tmp_path: Path) -> None:
     recording = recorded(tmp_path)
     second = next(row for row in recording.row_ids if row in list(recording.shards())[1].row_ids)

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from pilotfish.errors import LeakError, SettingError, TextError
 from pilotfish.models import LoadedModel, family_of, num_layers, site_module
 from pilotfish.runs import progress
 from pilotfish.scores.metrics import auroc
-from pilotfish.taps import Recording, TokenRow, record
+from pilotfish.taps import Shelf, TokenRow, gather
 from pilotfish.taps.hook import hook
 from pilotfish.texts import TokenizedText, tokenize
 
@@ -60,6 +59,17 @@ class ClassifierConfig:
         if not 0.0 <= self.weight_decay < math.inf:
             raise SettingError(f"weight_decay is {self.weight_decay}; give 0 or more")
 
+    def site(self, model: PreTrainedModel) -> Site:
+        """Where the trained blocks begin; what is recorded there is all that is read of the model.
+
+        Raises:
+            SettingError: the model has fewer blocks than are to be trained.
+        """
+        depth = num_layers(model)
+        if self.num_blocks > depth:
+            raise SettingError(f"num_blocks is {self.num_blocks}; the model has {depth} blocks, so give 1 to {depth}")
+        return Site(depth - self.num_blocks, "resid_pre")
+
 
 class LabelledTexts(NamedTuple):
     texts: Sequence[Conversation]
@@ -74,6 +84,7 @@ def fine_tuned_scores(
     validation: LabelledTexts,
     test: Sequence[Conversation],
     config: ClassifierConfig,
+    work_folder: Path,
     generator: torch.Generator,
 ) -> Float[Tensor, " test"]:
     """Probability (float64) of every test text from the last blocks of a model, fine-tuned with a linear head on top.
@@ -83,16 +94,16 @@ def fine_tuned_scores(
     with the best validation AUROC is kept. What is trained is a copy in float32: the caller's model stays as it is. The
     same generator state gives the same scores.
 
-    The states below the trained blocks go to a temporary folder: 2 bytes a token and hidden unit in bfloat16.
+    Args:
+        work_folder: Keeps the states at `config.site`, 2 bytes a token and hidden unit in bfloat16; texts that
+            `gather` has recorded there before are not read again.
 
     Raises:
         TextError: training or validation texts lack positive or negative ones; see also `tokenize`.
         SettingError: labels and texts differ in number, or the model has fewer blocks than are to be trained.
         LeakError: a group stands on two sides.
     """
-    depth = num_layers(reader.model)
-    if config.num_blocks > depth:
-        raise SettingError(f"num_blocks is {config.num_blocks}; the model has {depth} blocks, so give 1 to {depth}")
+    site = config.site(reader.model)
     train, validation = _known(train, "training"), _known(validation, "validation")
     sides = {"train": train.texts, "validation": validation.texts, "test": test}
     _check_groups(sides)
@@ -102,14 +113,12 @@ def fine_tuned_scores(
         name: [_input(f"{name} {row}", text, reader, config.max_tokens) for row, text in enumerate(texts)]
         for name, texts in sides.items()
     }
-    site = Site(depth - config.num_blocks, "resid_pre")
+    rows = [each.row for side in inputs.values() for each in side]
+    shelf = gather(reader.model, (site,), rows, work_folder, identity_hash=reader.identity.weights)
+    data = {name: _Data(shelf, side, config.batch_texts) for name, side in inputs.items()}
     classifier = _Classifier(reader.model, site)
-    with TemporaryDirectory(prefix="pilotfish-") as folder:
-        rows = [each.row for side in inputs.values() for each in side]
-        recording = record(reader.model, (site,), rows, Path(folder), identity_hash=reader.identity.weights)
-        data = {name: _Data(recording, side, config.batch_texts) for name, side in inputs.items()}
-        _train(classifier, data, (train.labels, validation.labels), config, generator)
-        return torch.sigmoid(_logits(classifier, data["test"]))
+    _train(classifier, data, (train.labels, validation.labels), config, generator)
+    return torch.sigmoid(_logits(classifier, data["test"]))
 
 
 def _known(given: LabelledTexts, what: str) -> LabelledTexts:
@@ -162,15 +171,15 @@ class _Batch(NamedTuple):
 class _Data:
     """One side's recorded states in padded batches."""
 
-    def __init__(self, recording: Recording, inputs: Sequence[_Input], batch_texts: int) -> None:
-        self._recording, self._inputs, self._batch_texts = recording, inputs, batch_texts
+    def __init__(self, shelf: Shelf, inputs: Sequence[_Input], batch_texts: int) -> None:
+        self._shelf, self._inputs, self._batch_texts = shelf, inputs, batch_texts
 
     def __len__(self) -> int:
         return len(self._inputs)
 
     def batch(self, rows: Sequence[int]) -> _Batch:
         chosen = [self._inputs[row] for row in rows]
-        states = [self._recording.features(each.row.id).float() for each in chosen]
+        states = [self._shelf.features(each.row.id).float() for each in chosen]
         return _Batch(*(pad_sequence(part, batch_first=True) for part in (states, [each.is_pooled for each in chosen])))
 
     def in_order(self) -> Iterator[_Batch]:

@@ -34,11 +34,14 @@ class Reading(NamedTuple):
     sites: tuple[Site, ...]
     work_folder: Path
     """Where activations are kept."""
+    also: tuple[Site, ...] = ()
+    """Recorded in the same pass, for others who read these texts."""
 
     def of(self, texts: Sequence[Text]) -> Shelf:
         """Their activations; reads those that are not kept yet."""
         rows = [TokenRow(text.tokens.id, tuple(text.tokens.token_ids)) for text in texts]
-        return gather(self.model.model, self.sites, rows, self.work_folder, identity_hash=self.model.identity.weights)
+        identity = self.model.identity.weights
+        return gather(self.model.model, self.sites, rows, self.work_folder, identity_hash=identity, also=self.also)
 
 
 class FittedHead(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pilotfish.core import Conversation
+from pilotfish.core import Conversation, Site
 from pilotfish.errors import SettingError, TextError
 from pilotfish.heads import Card, DataCard, FitConfig, Form, HeadBank, Measured, ThresholdCard
 from pilotfish.models import LoadedModel, check_same_vocabulary, evenly_spaced_sites, load_model
@@ -25,7 +25,7 @@ from pilotfish.scores.fitted import SPLITS, FittedHead, Reading, fit_head
 from pilotfish.scores.measured import Figures, Measurement
 from pilotfish.scores.metrics import Estimate, has_both_labels
 from pilotfish.scores.prepared import Text, prepare, response_labels
-from pilotfish.scores.rivals import RivalConfig, ScoredParts, Texts, rivals
+from pilotfish.scores.rivals import RivalConfig, Rivals, ScoredParts, Texts, rivals
 from pilotfish.scores.scored import ScoredText
 from pilotfish.texts import check_leak, joined_groups, num_documents
 
@@ -105,7 +105,7 @@ def build_bank(
         config.budget,
         groups=[documents[text.conversation.group] for text in texts[BENIGN]],
     )
-    found = rivals(texts, reader, metric=metric, config=config.rivals, max_tokens=config.max_tokens, seed=seed)
+    found = making.rivals(reader)
     scored = {"head": making.scored_by(head, but=("train", BENIGN)), **found.scored}
     if config.rivals.target is not None:
         scored["target"] = making.scored_on_target(config.rivals.target, reader)
@@ -133,12 +133,23 @@ class _Making(NamedTuple):
     work_folder: Path
     seed: int
 
-    def head_on(self, model: LoadedModel) -> FittedHead:
-        reading = Reading(model, evenly_spaced_sites(model.model, self.config.num_sites), self.work_folder)
+    def head_on(self, model: LoadedModel, also: tuple[Site, ...] = ()) -> FittedHead:
+        reading = Reading(model, evenly_spaced_sites(model.model, self.config.num_sites), self.work_folder, also)
         return fit_head(self.texts, reading, metric=self.metric, config=self.config.fit, seed=self.seed)
 
     def scored_by(self, head: FittedHead, *, but: Sequence[str]) -> ScoredParts:
         return {name: head.scored(rows) for name, rows in self.texts.items() if name not in but}
+
+    def rivals(self, reader: LoadedModel) -> Rivals:
+        return rivals(
+            self.texts,
+            reader,
+            metric=self.metric,
+            config=self.config.rivals,
+            max_tokens=self.config.max_tokens,
+            work_folder=self.work_folder,
+            seed=self.seed,
+        )
 
     def scored_on_target(self, name: str, reader: LoadedModel) -> ScoredParts:
         """The same texts, tokens, form and seed on a bigger model, which is dropped again."""
@@ -171,7 +182,7 @@ class _Making(NamedTuple):
 
 def _best(makings: Sequence[_Making], reader: LoadedModel) -> tuple[_Making, FittedHead]:
     """Of several forms the one that validation prefers."""
-    made = [(making, making.head_on(reader)) for making in makings]
+    made = [(making, making.head_on(reader, making.config.rivals.sites(reader.model))) for making in makings]
     for making, head in made if len(made) > 1 else ():
         logger.info("%s: validation quality %.4f", making.config.fit.form, head.result.quality)
     return max(made, key=lambda pair: pair[1].result.quality)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from pilotfish.core import Site
 from pilotfish.errors import SettingError
 from pilotfish.models import LoadedModel
 from pilotfish.runs import generator
@@ -60,6 +63,10 @@ class RivalConfig:
                 "needs the name of a bigger model, and nothing else does"
             )
 
+    def sites(self, reader: PreTrainedModel) -> tuple[Site, ...]:
+        """Where rivals read the texts, beside the head."""
+        return (self.classifier.site(reader),) if "classifier" in self.names else ()
+
 
 class Rivals(NamedTuple):
     scored: dict[str, ScoredParts]
@@ -69,7 +76,14 @@ class Rivals(NamedTuple):
 
 
 def rivals(
-    texts: Texts, reader: LoadedModel, *, metric: str, config: RivalConfig, max_tokens: int, seed: int
+    texts: Texts,
+    reader: LoadedModel,
+    *,
+    metric: str,
+    config: RivalConfig,
+    max_tokens: int,
+    work_folder: Path,
+    seed: int,
 ) -> Rivals:
     """All but `target`, which the recipe makes as it makes the head; those that the labels do not allow are
     left out and logged. Words and length score all parts but `train` and `benign`, the others the test alone.
@@ -81,7 +95,7 @@ def rivals(
         "words": lambda: _words(texts, parts, seed),
         "length": lambda: _length(texts, parts),
         "classifier": lambda: {
-            "test": _classifier(seen, reader, replace(config.classifier, max_tokens=max_tokens), seed)
+            "test": _classifier(seen, reader, replace(config.classifier, max_tokens=max_tokens), work_folder, seed)
         },
     }
     learns_from = {"length": texts, "classifier": seen}
@@ -144,7 +158,9 @@ def _judge(
     return {"test": judged}, dict(zip((text.id for text in judged), found.num_tokens.tolist(), strict=True))
 
 
-def _classifier(chosen: Texts, reader: LoadedModel, config: ClassifierConfig, seed: int) -> list[ScoredText]:
+def _classifier(
+    chosen: Texts, reader: LoadedModel, config: ClassifierConfig, work_folder: Path, seed: int
+) -> list[ScoredText]:
     train, validation = (
         LabelledTexts([text.conversation for text in chosen[name]], response_labels(chosen[name]))
         for name in ("train", "validation")
@@ -155,6 +171,7 @@ def _classifier(chosen: Texts, reader: LoadedModel, config: ClassifierConfig, se
         validation=validation,
         test=[text.conversation for text in chosen["test"]],
         config=config,
+        work_folder=work_folder,
         generator=generator(seed, "classifier"),
     )
     return [scored(*each) for each in zip(chosen["test"], scores.tolist(), strict=True)]

@@ -32,20 +32,27 @@ class Shelf:
 
 
 def gather(
-    model: PreTrainedModel, sites: Sequence[Site], rows: Sequence[TokenRow], library: Path, *, identity_hash: str
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    rows: Sequence[TokenRow],
+    library: Path,
+    *,
+    identity_hash: str,
+    also: Sequence[Site] = (),
 ) -> Shelf:
-    """Records those rows that no earlier call has recorded, and gives all of them.
+    """Records those rows that no earlier call has recorded, and gives all of them at `sites`.
 
     A row is known by its tokens: its id may change, and other rows may come or go. The library holds a folder for each
     model, dtype and choice of sites, and in it one recording for each call that found something new; an interrupted
-    one resumes when the same call is made again.
+    one resumes when the same call is made again. A recording of more sites serves whoever asks for some of them.
+
+    Args:
+        also: Recorded in the same pass, where there is one, for a later call that asks for them.
 
     Raises:
         TextError, SettingError, ArtefactError: as `record`; an id that occurs twice included.
     """
-    described = json.dumps([identity_hash, str(model.dtype), [str(site) for site in sites]])
-    folder = library / _digest(described)
-    known = _known(folder)
+    known = _known(library, model, sites, identity_hash)
     keys = {row.id: _digest(json.dumps(row.token_ids)) for row in rows}
     if len(keys) < len(rows):
         raise TextError(
@@ -53,15 +60,19 @@ def gather(
         )
     missing = {keys[row.id]: TokenRow(keys[row.id], row.token_ids) for row in rows if keys[row.id] not in known}
     if missing:
-        name = _digest(json.dumps(sorted(missing)))
-        recording = record(model, sites, list(missing.values()), folder / name, identity_hash=identity_hash)
+        recorded = tuple(dict.fromkeys((*sites, *also)))
+        described = json.dumps([identity_hash, str(model.dtype), [str(site) for site in recorded]])
+        folder = library / _digest(described) / _digest(json.dumps(sorted(missing)))
+        record(model, recorded, list(missing.values()), folder, identity_hash=identity_hash)
+        recording = Recording.open(folder, sites)
         known |= dict.fromkeys(recording.row_ids, recording)
     return Shelf({row_id: (known[key], key) for row_id, key in keys.items()})
 
 
-def _known(folder: Path) -> dict[str, Recording]:
-    folders = [path.parent for path in sorted(folder.glob(f"*/{INDEX_FILE}"))]
-    finished = [Recording.open(folder) for folder in folders if Recording.is_finished(folder)]
+def _known(library: Path, model: PreTrainedModel, sites: Sequence[Site], identity_hash: str) -> dict[str, Recording]:
+    folders = [path.parent for path in sorted(library.glob(f"*/*/{INDEX_FILE}"))]
+    serving = [folder for folder in folders if Recording.serves(folder, model, sites, identity_hash=identity_hash)]
+    finished = [Recording.open(folder, sites) for folder in serving if Recording.is_finished(folder)]
     return {key: recording for recording in finished for key in recording.row_ids}
 
 

@@ -63,13 +63,22 @@ class Recording:
         self._places = places
 
     @classmethod
-    def open(cls, folder: Path) -> Recording:
+    def open(cls, folder: Path, sites: Sequence[Site] | None = None) -> Recording:
         """Opens a recording and checks that every shard is there and whole.
+
+        Args:
+            sites: Those to read, in this order; None for all that are recorded.
 
         Raises:
             ArtefactError: there is no recording, it is unfinished, or a file of it is damaged.
+            SettingError: a site is not recorded.
         """
         recording = cls._described(folder)
+        if missing_sites := [str(site) for site in sites or () if site not in recording.sites]:
+            raise SettingError(
+                f"{missing_sites[0]} is not recorded in {folder}; use {', '.join(map(str, recording.sites))}"
+            )
+        recording.sites = recording.sites if sites is None else tuple(sites)
         if missing := recording._num_missing():
             raise ArtefactError(
                 f"the recording in {folder} is unfinished: {missing} of {recording.num_shards} shards are missing; run "
@@ -84,6 +93,14 @@ class Recording:
     def is_finished(cls, folder: Path) -> bool:
         """Whether every shard of a recording was written; `open` says whether they are whole."""
         return not cls._described(folder)._num_missing()
+
+    @classmethod
+    def serves(cls, folder: Path, model: PreTrainedModel, sites: Sequence[Site], *, identity_hash: str) -> bool:
+        """Whether what is recorded, finished or not, is of this model in this dtype, these sites among others."""
+        there = _read_index(folder)["settings"]
+        return {"model": identity_hash, "dtype": _dtype(model)}.items() <= there.items() and {
+            str(site) for site in sites
+        } <= set(there["sites"])
 
     @classmethod
     def _described(cls, folder: Path) -> Recording:
@@ -158,7 +175,7 @@ def record(
     _check(model, sites, rows, shard_tokens, batch_tokens)
     settings = {
         "model": identity_hash,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": _dtype(model),
         "sites": [str(site) for site in sites],
         "rows": hashlib.sha256(json.dumps(sorted((row.id, list(row.token_ids)) for row in rows)).encode()).hexdigest(),
         "shard_tokens": shard_tokens,
@@ -177,6 +194,10 @@ def record(
             if not _is_finished(path):
                 _write_shard(path, _activations(model, taps, batches, f"recording {i + 1}/{len(shards)}"))
     return Recording.open(folder)
+
+
+def _dtype(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _check(
