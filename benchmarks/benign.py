@@ -3,8 +3,8 @@
     python benchmarks/benign.py --data FOLDER --banks out/heads/banks/smollm2-refusal-seed0 … [--sizes 299 500 1000]
 
 The banks are what `benchmarks/heads.py` wrote, of one reader; their scored.json has the held-out texts. The benign
-responses are those of HaluEval that none of the benchmark's tasks takes, so no head has learnt from any. A draw sets
-the threshold on so many of them, and the others say what is flagged of responses that did not.
+responses are those of HaluEval that no head has learnt from. A draw sets the threshold on so many of them, and the
+others say what is flagged of responses that did not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from tasks import BUDGET, benign, replies
+from tasks import BUDGET, more_benign
 from torch import Tensor
 
 from pilotfish.cli.terminal import quieten_transformers, table
@@ -28,7 +28,6 @@ from pilotfish.scores import read_scored, threshold_at_budget
 from pilotfish.scores.fitted import Reading
 from pilotfish.scores.prepared import prepare, scored_by_head
 from pilotfish.scores.scored import SCORED_FILE
-from pilotfish.texts import read_halueval_benign
 
 MAX_TOKENS = 256
 SIZES = (299, 500, 1000, 1500)
@@ -48,7 +47,7 @@ def main() -> None:
     quieten_transformers()
     banks = {folder: HeadBank.load(folder) for folder in args.banks}
     reader = load_model(next(iter(banks.values())).identity.name)
-    pool = others(args.data)
+    pool = more_benign(args.data)
     if max(args.sizes) >= len(pool):
         parser.error(f"there are {len(pool)} benign responses; give --sizes below that, so that some are left")
     rows = []
@@ -59,12 +58,6 @@ def main() -> None:
     if args.json is not None:
         settings = {key: str(value) for key, value in vars(args).items()}
         write_json(args.json, {"rows": rows, "card": run_card("benchmarks/benign.py", settings, args.seed)})
-
-
-def others(data: Path) -> list[Conversation]:
-    """Benign replies that no task takes."""
-    taken = {row.id for row in (*benign(data), *replies(data))}
-    return [row for row in read_halueval_benign(data / "halueval" / "general_data.jsonl") if row.id not in taken]
 
 
 def response_scores(

@@ -48,6 +48,8 @@ class Task:
     metric: str
     splits: dict[str, list[Conversation]]
     benign: list[Conversation]
+    more_benign: list[Conversation] = field(default_factory=list)
+    """For the threshold alone."""
     elsewhere: dict[str, list[Conversation]] = field(default_factory=dict)
     """Other labelled texts to judge on, by a name that says what is new about them; read only when asked for."""
     max_tokens: int = 512
@@ -60,10 +62,10 @@ def tasks(data: Path, seed: int) -> dict[str, Callable[[], Task]]:
 
 
 def _taught(make: Callable[[Path, int], Task], data: Path, seed: int) -> Task:
-    """A task whose training has seen half of the benign texts; the other half sets the threshold."""
+    """A task whose training has seen half of the benign texts; the other half sets the threshold, with more of them."""
     task = make(data, seed)
     found = teach_ordinary(task.splits, task.benign, metric=task.metric, budget=BUDGET, seed=seed)
-    return replace(task, splits=found.splits, benign=found.benign)
+    return replace(task, splits=found.splits, benign=[*found.benign, *task.more_benign])
 
 
 def insecure_code(data: Path, seed: int) -> Task:
@@ -94,7 +96,14 @@ def toxicity(data: Path, seed: int) -> Task:
     splits = {**split(pool, {"train": 0.85, "validation": 0.15}, seed=seed), "test": test}
     refusals = [row for row in read_xstest(data / "xstest") if row.labels["refusal"] == 1.0]
     elsewhere = {"polite_refusals": relabelled(drawn(refusals, 200, "polite refusals"), "toxicity", lambda row: 0.0)}
-    return Task(metric="toxicity", splits=splits, benign=benign(data), elsewhere=elsewhere, max_tokens=256)
+    return Task(
+        metric="toxicity",
+        splits=splits,
+        benign=benign(data),
+        more_benign=more_benign(data),
+        elsewhere=elsewhere,
+        max_tokens=256,
+    )
 
 
 def refusal(data: Path, seed: int) -> Task:
@@ -104,7 +113,14 @@ def refusal(data: Path, seed: int) -> Task:
     """
     splits = split(read_xstest(data / "xstest"), FRACTIONS, seed=seed)
     elsewhere = {"short_answers": relabelled(short_answers(data), "refusal", lambda row: 0.0)}
-    return Task(metric="refusal", splits=splits, benign=benign(data), elsewhere=elsewhere, max_tokens=256)
+    return Task(
+        metric="refusal",
+        splits=splits,
+        benign=benign(data),
+        more_benign=more_benign(data),
+        elsewhere=elsewhere,
+        max_tokens=256,
+    )
 
 
 def prompt_injection(data: Path, seed: int) -> Task:
@@ -144,7 +160,14 @@ def hallucination(data: Path, seed: int) -> Task:
     """Replies of one model, as many without as with. Elsewhere: lies and truths of other models."""
     splits = split(replies(data), FRACTIONS, seed=seed)
     lies = relabelled(short_answers(data), "hallucination", lambda row: row.labels["untruthful_answer"])
-    return Task(metric="hallucination", splits=splits, benign=benign(data), elsewhere={"lies": lies}, max_tokens=256)
+    return Task(
+        metric="hallucination",
+        splits=splits,
+        benign=benign(data),
+        more_benign=more_benign(data),
+        elsewhere={"lies": lies},
+        max_tokens=256,
+    )
 
 
 def replies(data: Path) -> list[Conversation]:
@@ -174,7 +197,14 @@ def untruthful_answer(data: Path, seed: int) -> Task:
             replies(data), "untruthful_answer", lambda row: float(row.labels.get("hallucination") != 0.0)
         ),
     }
-    return Task(metric="untruthful_answer", splits=splits, benign=benign(data), elsewhere=elsewhere, max_tokens=256)
+    return Task(
+        metric="untruthful_answer",
+        splits=splits,
+        benign=benign(data),
+        more_benign=more_benign(data),
+        elsewhere=elsewhere,
+        max_tokens=256,
+    )
 
 
 def short_answers(data: Path) -> list[Conversation]:
@@ -221,6 +251,13 @@ def benign(data: Path) -> list[Conversation]:
     """Ordinary replies of an assistant, to set thresholds on."""
     rows = read_halueval_benign(data / "halueval" / "general_data.jsonl")
     return [replace(row, labels={}) for row in drawn(rows, NUM_BENIGN, "benign")]
+
+
+def more_benign(data: Path) -> list[Conversation]:
+    """The other ordinary replies, of which no head has learnt."""
+    taken = {row.id for row in (*benign(data), *replies(data))}
+    rows = read_halueval_benign(data / "halueval" / "general_data.jsonl")
+    return [replace(row, labels={}) for row in rows if row.id not in taken]
 
 
 def drawn(rows: Sequence[Conversation], count: int, name: str, *, by_group: bool = False) -> list[Conversation]:
