@@ -18,7 +18,7 @@ from pilotfish.cli.policy_verbs import PolicyCheck, PolicyDryRun
 from pilotfish.cli.server_verbs import Keys, Serve
 from pilotfish.cli.steer_verbs import Steer, SteerCalibrate, SteerVerify
 from pilotfish.cli.terminal import quieten_transformers
-from pilotfish.cli.verbs import BenchTax, Chat, Check, Contrast, Demo, Fit, Labels, Report, Score, Tune
+from pilotfish.cli.verbs import BenchTax, Chat, Check, Contrast, Demo, Fit, Labels, Report, Score, Threshold, Tune
 from pilotfish.errors import PilotfishError
 
 __all__ = ["main"]
@@ -32,6 +32,7 @@ Verb = (
     | Annotated[Labels, tyro.conf.subcommand("labels")]
     | Annotated[Contrast, tyro.conf.subcommand("contrast")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Threshold, tyro.conf.subcommand("threshold")]
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Keys, tyro.conf.subcommand("keys")]

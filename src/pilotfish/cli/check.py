@@ -11,7 +11,7 @@ from pilotfish.cli.terminal import table
 from pilotfish.cli.verbs import Check
 from pilotfish.core import Conversation
 from pilotfish.errors import BankMismatch, SettingError
-from pilotfish.heads import HeadBank
+from pilotfish.heads import HeadBank, load_bank
 from pilotfish.models import Identity, LoadedModel, load_model
 from pilotfish.runs import generator, write_json
 from pilotfish.scores import Change, Drift, ScoredText, Tolerances, compare_configurations, read_scored, score_tokens
@@ -35,7 +35,7 @@ class _Configurations(NamedTuple):
 
 
 def run(config: Check) -> int:
-    bank = None if config.bank is None else HeadBank.load(config.bank)
+    bank = None if config.bank is None else load_bank(config.bank)
     if config.reference is not None and config.candidate is not None and config.data is None:
         given = _from_files(config.reference, config.candidate, config.scorer)
     elif bank is not None and config.data is not None and config.reference is config.candidate is None:

@@ -21,7 +21,7 @@ from pilotfish.discovery import (
 )
 from pilotfish.discovery.files import Form
 from pilotfish.errors import SettingError, TextError
-from pilotfish.heads import HeadBank, shipped_banks
+from pilotfish.heads import load_bank, shipped_banks
 from pilotfish.models import load_model
 from pilotfish.reports.findings import write_findings_page
 from pilotfish.runs import run_card
@@ -39,7 +39,7 @@ def run(config: Discover) -> int:
     if not prompts:
         raise TextError(f"{config.prompts} has no prompts; give one a line")
     loaded = load_model(config.model, device=config.device, dtype=config.dtype)
-    named = [HeadBank.load(folder) for folder in config.banks]
+    named = [load_bank(folder) for folder in config.banks]
     banks = named or shipped_banks(loaded.identity)
     found = explore(loaded, prompts, _settings(config), banks=banks)
     card = run_card("pilotfish discover", {key: str(value) for key, value in asdict(config).items()}, config.seed)

@@ -12,7 +12,7 @@ from pilotfish.cli.verbs import Models
 from pilotfish.core import Message
 from pilotfish.engines import Drafting, EmbeddedEngine, Generation, Request, TokenEvent, VerdictEvent
 from pilotfish.errors import SettingError
-from pilotfish.heads import HeadBank, shipped_banks
+from pilotfish.heads import HeadBank, load_bank, shipped_banks
 from pilotfish.models import Identity, Pair, load_pair
 
 
@@ -27,7 +27,7 @@ def find_banks(folders: tuple[Path, ...], readers: tuple[Identity | None, ...]) 
         SettingError: none was named and none ships.
     """
     if folders:
-        return [HeadBank.load(folder) for folder in folders]
+        return [load_bank(folder) for folder in folders]
     banks = [bank for identity in readers if identity is not None for bank in shipped_banks(identity)]
     if not banks:
         names = " or ".join(identity.name for identity in readers if identity is not None)

@@ -22,7 +22,7 @@ class Models:
     draft: str | None = None
     """Draft, where the pair does not name its own."""
     banks: tuple[Path, ...] = ()
-    """Folders of banks; without any, the bank that ships for this draft or target."""
+    """Folders of banks, or names of such as ship; without any, all that ship for this draft or target."""
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: str = "auto"
@@ -296,13 +296,44 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Threshold:
+    """Sets the thresholds of a bank anew, on benign texts of your own: a promise holds for texts like those it was made
+    on.
+    """
+
+    bank: Annotated[Path, tyro.conf.Positional]
+    """Folder of the bank, or the name of one that ships."""
+    benign: Path
+    """JSONL of conversations that must not be flagged; prompts alone, where prompts are what will be judged."""
+    out: Path
+    """Folder for the bank with its new thresholds; the heads are the same."""
+    budget: float = 0.01
+    """Share of benign responses that may be flagged."""
+    model: str | None = None
+    """The reader; by default the one that the bank names."""
+    max_tokens: int = 512
+    """Longer texts are cut here."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """auto, bfloat16, float16 or float32; take the one that will serve."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+    def run(self) -> int:
+        from pilotfish.cli.threshold import run
+
+        return run(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """Holds a bank in one serving configuration against another: exits 0 pass, 10 threshold stale, 11 scorer degraded,
     12 inconclusive.
     """
 
     bank: Annotated[Path | None, tyro.conf.Positional] = None
-    """Folder of the bank; also says threshold and budget where two files are compared."""
+    """Folder of the bank, or the name of one that ships; says threshold and budget where two files are compared."""
     data: Path | None = None
     """JSONL of labelled conversations to score in both configurations."""
     dtype: str = "bfloat16"

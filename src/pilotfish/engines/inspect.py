@@ -39,7 +39,7 @@ from pilotfish.engines.records import Generation
 from pilotfish.engines.request import Request
 from pilotfish.engines.speculate import Sampling
 from pilotfish.errors import SettingError
-from pilotfish.heads import HeadBank, shipped_banks
+from pilotfish.heads import load_bank, shipped_banks
 from pilotfish.models import load_pair
 
 _STOP_REASONS = {"eos": "stop", "stop_string": "stop", "length": "max_tokens", "content_filter": "content_filter"}
@@ -186,7 +186,7 @@ def _loaded(name: str, banks: str | Sequence[str] = (), **options: str) -> Embed
         )
     pair = load_pair(name, **options)
     folders = [banks] if isinstance(banks, str) else banks
-    found = [HeadBank.load(Path(folder)) for folder in folders] or shipped_banks(pair.reader_identity)
+    found = [load_bank(Path(folder)) for folder in folders] or shipped_banks(pair.reader_identity)
     return EmbeddedEngine(pair, found)
 
 

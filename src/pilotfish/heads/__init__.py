@@ -6,7 +6,7 @@ from pilotfish.heads.examples import Example, Source
 from pilotfish.heads.fit import FitConfig, FitResult, fit
 from pilotfish.heads.form import Form
 from pilotfish.heads.head import Head, Which, linear_head
-from pilotfish.heads.shipped import shipped_banks
+from pilotfish.heads.shipped import load_bank, shipped_banks
 
 __all__ = [
     "BankScores",
@@ -27,5 +27,6 @@ __all__ = [
     "fit",
     "joined",
     "linear_head",
+    "load_bank",
     "shipped_banks",
 ]

@@ -26,3 +26,12 @@ def shipped_banks(identity: Identity, folder: Path = SHIPPED) -> list[HeadBank]:
             continue
         banks.append(bank)
     return banks
+
+
+def load_bank(folder: Path) -> HeadBank:
+    """A bank from its folder; or by its name one that ships, where there is no folder of that name.
+
+    Raises:
+        ArtefactError, BankMismatch: as `HeadBank.load`.
+    """
+    return HeadBank.load(folder if folder.exists() or not (SHIPPED / folder).exists() else SHIPPED / folder)

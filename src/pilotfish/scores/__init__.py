@@ -30,6 +30,7 @@ from pilotfish.scores.fusion import Fusion, SignalText, cross_fitted, fit_fusion
 from pilotfish.scores.joint import JointConfig, JointLoss, Lessons, Tuned, tune
 from pilotfish.scores.judge import judge_question, judge_responses
 from pilotfish.scores.lexical import lexical_control, wordless_positives, wordy_negatives
+from pilotfish.scores.limit import check_num_benign, with_limits
 from pilotfish.scores.marking import Marking, Spans, character_f1, character_scores, choose_marking, labelled_spans
 from pilotfish.scores.metrics import Estimate, auroc, bootstrap_by_group, pairwise_accuracy, tpr_at_fpr
 from pilotfish.scores.offline import score_tokens
@@ -93,6 +94,7 @@ __all__ = [
     "build_bank",
     "character_f1",
     "character_scores",
+    "check_num_benign",
     "choose_calibration",
     "choose_marking",
     "clopper_pearson",
@@ -133,6 +135,7 @@ __all__ = [
     "tpr_at_fpr",
     "tune",
     "tuned_draft",
+    "with_limits",
     "wordless_positives",
     "wordy_negatives",
     "write_scored",

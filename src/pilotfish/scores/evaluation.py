@@ -32,6 +32,8 @@ from pilotfish.scores.scored import ScoredText
 logger = logging.getLogger(__name__)
 
 COMPARED = ("auroc_token", "auroc_response", "pairwise_accuracy", "auroc_within")
+AT_THRESHOLD = ("recall_at_threshold", "fpr_at_threshold", *detection.FIGURES)
+"""Figures that hang on the threshold."""
 
 
 class _Figure(NamedTuple):

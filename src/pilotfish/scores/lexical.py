@@ -20,6 +20,8 @@ from pilotfish.scores.scored import ScoredText
 
 logger = logging.getLogger(__name__)
 
+FIGURES = ("fpr_wordy_negatives", "recall_wordless_positives", "lexical_gap")
+
 
 def wordy_negatives(
     word_scores: Float[Tensor, " text"], labels: Float[Tensor, " text"], share: float = 0.1
@@ -79,13 +81,13 @@ def lexical_control(
     wordless = wordless_positives(word_scores, labels, share)
     negatives = (labels < 0.5).nonzero()[:, 0]
     is_wordy = torch.isin(negatives, wordy)
-    figures: dict[str, tuple[Statistic, Int[Tensor, " _"]]] = {
-        "fpr_wordy_negatives": (_share(flagged[wordy]), wordy),
-        "recall_wordless_positives": (_share(flagged[wordless]), wordless),
-        "lexical_gap": (_gap(flagged[negatives], is_wordy), negatives),
-    }
+    figures: tuple[tuple[Statistic, Int[Tensor, " _"]], ...] = (
+        (_share(flagged[wordy]), wordy),
+        (_share(flagged[wordless]), wordless),
+        (_gap(flagged[negatives], is_wordy), negatives),
+    )
     estimates = {}
-    for name, (statistic, chosen) in figures.items():
+    for name, (statistic, chosen) in zip(FIGURES, figures, strict=True):
         groups = [texts[row].group for row in chosen.tolist()]
         try:
             estimates[name] = bootstrap_by_group(statistic, groups, generator=generator, num_resamples=num_resamples)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,15 +19,15 @@ from pilotfish.heads import Card, DataCard, FitConfig, Form, HeadBank, Measured,
 from pilotfish.models import LoadedModel, check_same_vocabulary, evenly_spaced_sites, load_model
 from pilotfish.runs import generator, run_card
 from pilotfish.scores.baselines import require_sklearn
-from pilotfish.scores.calibration import Threshold, num_benign_needed, threshold_at_budget
 from pilotfish.scores.cost import cost_over_judge
 from pilotfish.scores.fitted import SPLITS, FittedHead, Reading, fit_head
+from pilotfish.scores.limit import check_num_benign, limit
 from pilotfish.scores.measured import Figures, Measurement
 from pilotfish.scores.metrics import Estimate, has_both_labels
 from pilotfish.scores.prepared import Text, prepare, response_labels
 from pilotfish.scores.rivals import RivalConfig, Rivals, ScoredParts, Texts, rivals
 from pilotfish.scores.scored import ScoredText
-from pilotfish.texts import check_leak, joined_groups, num_documents
+from pilotfish.texts import check_leak
 
 logger = logging.getLogger(__name__)
 
@@ -97,14 +97,10 @@ def build_bank(
     texts = {name: prepare(rows, reader, metric, config.max_tokens) for name, rows in splits.items()}
     forms = tuple(dict.fromkeys(form_for(texts, metric, form) for form in (config.fit.form, *config.forms)))
     texts[BENIGN] = prepare(benign, reader, metric, config.max_tokens, keeps_unlabelled=True)
-    _check_num_benign([text.conversation for text in texts[BENIGN]], config.budget)
+    check_num_benign([text.conversation for text in texts[BENIGN]], config.budget)
     making, head = _best([_Making(texts, metric, config.of_form(form), work_folder, seed) for form in forms], reader)
-    documents = joined_groups(benign)
-    threshold = threshold_at_budget(
-        torch.tensor([text.score for text in head.scored(texts[BENIGN])]),
-        config.budget,
-        groups=[documents[text.conversation.group] for text in texts[BENIGN]],
-    )
+    scores = torch.tensor([text.score for text in head.scored(texts[BENIGN])])
+    threshold = limit(texts[BENIGN], scores, config.budget)
     found = making.rivals(reader)
     scored = {"head": making.scored_by(head, but=("train", BENIGN)), **found.scored}
     if config.rivals.target is not None:
@@ -159,14 +155,14 @@ class _Making(NamedTuple):
         head = self.head_on(target)
         return {part: head.scored(self.texts[part]) for part in ("validation", "test")}
 
-    def card(self, head: FittedHead, figures: Figures, threshold: Threshold, *, rivals_made: Sequence[str]) -> Card:
+    def card(self, head: FittedHead, figures: Figures, threshold: ThresholdCard, *, rivals_made: Sequence[str]) -> Card:
         metric, texts = self.metric, self.texts
         return Card(
             identity=head.bank.identity,
             data=_data(texts, metric),
             metrics=_named(metric, figures.metrics),
             baselines=_named(metric, figures.rivals),
-            thresholds={metric: _threshold_card(threshold, texts[BENIGN])},
+            thresholds={metric: threshold},
             calibration=head.calibration,
             better_than_words=_better_than_words(metric, figures.metrics),
             not_for=self.config.not_for + _caveats(figures.metrics, rivals_made),
@@ -196,7 +192,7 @@ def _check_given(
             f"splits are {', '.join(splits)}; give {', '.join(SPLITS)}, and other names for texts from elsewhere but "
             f"{BENIGN!r}"
         )
-    _check_num_benign(benign, config.budget)
+    check_num_benign(benign, config.budget)
     check_leak({name: splits[name] for name in SPLITS})
     made_with = {"train": splits["train"], "validation": splits["validation"], BENIGN: benign}
     check_leak(made_with)
@@ -204,15 +200,6 @@ def _check_given(
         check_leak({**made_with, name: splits[name]})
     if {"words", "length"} & set(config.rivals.names):
         require_sklearn()
-
-
-def _check_num_benign(benign: Sequence[Conversation], budget: float) -> None:
-    needed, count = num_benign_needed(budget), num_documents(benign)
-    if count < needed:
-        raise SettingError(
-            f"{len(benign)} benign responses of {count} documents cannot show a false-positive budget of {budget:g}; "
-            f"give {needed} documents or more, or a larger budget"
-        )
 
 
 def form_for(texts: Texts, metric: str, form: Form) -> Form:
@@ -283,14 +270,6 @@ def _data(texts: Texts, metric: str) -> tuple[DataCard, ...]:
         )
         for (role, source, license), counts in sizes.items()
     )
-
-
-def _threshold_card(threshold: Threshold, benign: Sequence[Text]) -> ThresholdCard:
-    sources = sorted({text.conversation.source or "unnamed" for text in benign})
-    is_answered = any(message.role == "assistant" for text in benign for message in text.conversation.messages)
-    scope: Literal["answer", "prompt"] = "answer" if is_answered else "prompt"
-    median = int(torch.tensor([int(text.is_response.sum()) for text in benign]).median())
-    return ThresholdCard(**threshold._asdict(), benign_source=", ".join(sources), scope=scope, median_tokens=median)
 
 
 def _caveats(metrics: Mapping[str, Estimate], rivals_made: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from pilotfish.actions import Policy, policy_from_dict, policy_to_dict, read_policy
 from pilotfish.core import Reader
 from pilotfish.errors import SettingError
-from pilotfish.heads import HeadBank, joined, shipped_banks
+from pilotfish.heads import HeadBank, joined, load_bank, shipped_banks
 from pilotfish.models import identify_folder, resolve
 from pilotfish.vllm.settings import VllmSettings
 from pilotfish.vllm.track import Charge
@@ -35,7 +35,7 @@ class Plan:
         return self.reader == "target"
 
     def bank(self) -> HeadBank:
-        return joined([HeadBank.load(Path(folder)) for folder in self.banks])
+        return joined([load_bank(Path(folder)) for folder in self.banks])
 
     def charge(self, bank: HeadBank) -> Charge:
         """Raises `SettingError` when the policy cannot be carried out."""
@@ -80,7 +80,7 @@ def make_plan(settings: VllmSettings, config: Any) -> Plan:
     _refuse(config, reader)
     name = spec.draft_model_config.model if reader == "draft" else config.model_config.model
     identity = identify_folder(resolve(name), name)
-    banks = [HeadBank.load(Path(folder)) for folder in settings.banks]
+    banks = [load_bank(Path(folder)) for folder in settings.banks]
     for bank in banks:
         bank.check(identity)
     folders = settings.banks
@@ -97,7 +97,7 @@ def make_plan(settings: VllmSettings, config: Any) -> Plan:
 
 
 def _metrics_of(folder: Path) -> tuple[str, ...]:
-    return HeadBank.load(folder).metrics
+    return load_bank(folder).metrics
 
 
 def _refuse(config: Any, reader: Reader) -> None:
