@@ -26,7 +26,7 @@ from pilotfish.models import LoadedModel, load_model
 from pilotfish.runs import generator, run_card, write_json
 from pilotfish.scores import read_scored, threshold_at_budget
 from pilotfish.scores.fitted import Reading
-from pilotfish.scores.prepared import prepare, scored_by_head
+from pilotfish.scores.prepared import prepare
 from pilotfish.scores.scored import SCORED_FILE
 
 MAX_TOKENS = 256
@@ -67,10 +67,8 @@ def response_scores(
     (metric,) = bank.metrics
     texts = prepare(rows, reader, metric, MAX_TOKENS, keeps_unlabelled=True)
     shelf = Reading(reader, bank.sites, work).of(texts)
-    found = [
-        scored_by_head(text, bank.score_text(shelf.features(text.tokens.id), boundary=text.boundary)) for text in texts
-    ]
-    return torch.tensor([text.score for text in found])
+    runs = [bank.score_text(shelf.features(text.tokens.id), boundary=text.boundary).running for text in texts]
+    return torch.stack([run[text.is_response].max() for text, run in zip(texts, runs, strict=True)])
 
 
 def at_size(folder: Path, scores: Float[Tensor, " response"], size: int, budget: float, seed: int) -> dict[str, Any]:

@@ -139,8 +139,8 @@ class Tables:
         random = generator(self.seed, task.name)
         rows = compare(steered.arms, {"behaviour": behaviour}, generator=random)
         prompts = {arm.name: values[arm.name] for arm in steered.arms if arm.instruction or arm.examples}
-        stronger = max(steered.by_prompt, key=lambda name: steered.by_prompt[name])
-        verdict = against_prompt(values["vector"], prompts, asked, best=stronger, generator=random).sentence
+        best = steered.verdict.prompt
+        verdict = against_prompt(values["vector"], prompts, asked, best=best, generator=random).sentence
         return self.report(task.name, steered, rows, f"By what is written: {verdict}")
 
     def config(self, name: str, instruction: str) -> RecipeConfig:

@@ -70,10 +70,14 @@ def _is_negative(row: Conversation, metric: str) -> bool:
 
 def _print_card(card: Card, metric: str) -> None:
     rows = [
-        [name, f"{figure.value:.3f}", f"[{figure.low:.3f}, {figure.high:.3f}]", str(figure.n)]
+        [name, _number(figure.value), f"[{_number(figure.low)}, {_number(figure.high)}]", str(figure.n)]
         for name, figure in {**card.metrics, **card.baselines}.items()
     ]
     print(table(["on held-out documents", "value", "95 % interval", "documents"], rows))
     print(f"\n{promise_of(card, metric)}")
     if metric in card.better_than_words:
         print("Better than TF-IDF." if card.better_than_words[metric] else "NOT shown to be better than TF-IDF.")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.0e}"

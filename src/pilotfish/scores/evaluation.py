@@ -114,6 +114,7 @@ def evaluate(
     threshold: float | None = None,
     generator: torch.Generator,
     num_resamples: int = 1000,
+    log_level: int = logging.WARNING,
 ) -> dict[str, Estimate]:
     """The figures of one scorer; those that the texts do not define, for lack of a label, are left out and logged.
 
@@ -123,7 +124,7 @@ def evaluate(
     `pairwise_accuracy`. With a threshold: `recall_at_threshold` and `fpr_at_threshold` of responses, and the figures
     of `pilotfish.scores.detection` over the texts with a positive token.
     """
-    return _with_intervals(_Figures(texts).table(threshold), generator, num_resamples)
+    return _with_intervals(_Figures(texts).table(threshold), generator, num_resamples, log_level)
 
 
 def compare(
@@ -140,7 +141,7 @@ def compare(
     assert [text.id for text in texts] == [text.id for text in baseline], "the same texts in the same order"
     ours, theirs = (_Figures(given).table(None) for given in (texts, baseline))
     figures = {name: partial(_difference, ours[name], theirs[name]) for name in COMPARED}
-    return _with_intervals(figures, generator, num_resamples)
+    return _with_intervals(figures, generator, num_resamples, logging.INFO)
 
 
 def _difference(ours: Callable[[], _Figure], theirs: Callable[[], _Figure]) -> _Figure:
@@ -151,7 +152,7 @@ def _difference(ours: Callable[[], _Figure], theirs: Callable[[], _Figure]) -> _
 
 
 def _with_intervals(
-    figures: Mapping[str, Callable[[], _Figure]], generator: torch.Generator, num_resamples: int
+    figures: Mapping[str, Callable[[], _Figure]], generator: torch.Generator, num_resamples: int, log_level: int
 ) -> dict[str, Estimate]:
     estimates = {}
     for name, make in figures.items():
@@ -164,7 +165,7 @@ def _with_intervals(
             else:
                 logger.info("%s is left out: no text has what it needs", name)
         except SettingError as error:
-            logger.warning("%s is left out: %s", name, error)
+            logger.log(log_level, "%s is left out: %s", name, error)
     return estimates
 
 

@@ -88,7 +88,12 @@ class Measurement:
         found: dict[str, Estimate] = {}
         for name, parts in self.scored.items():
             if name != "head" and part in parts:
-                figures = evaluate(parts[part], generator=self._draws(), num_resamples=self.num_resamples)
+                figures = evaluate(  # what the texts do not define was said of the head
+                    parts[part],
+                    generator=self._draws(),
+                    num_resamples=self.num_resamples,
+                    log_level=logging.INFO,
+                )
                 figures |= self._mean_f1(marks, name)
                 found |= {f"{figure}/{name}": estimate for figure, estimate in figures.items()}
         return found

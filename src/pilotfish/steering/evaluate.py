@@ -252,6 +252,8 @@ def compare(
 class Verdict(NamedTuple):
     """Whether a vector is of use beside a prompt."""
 
+    prompt: str
+    """The one that the vector was held against."""
     prompt_wins: bool
     difference: Estimate
     """The prompt's effect less the vector's, item by item."""
@@ -276,18 +278,18 @@ def against_prompt(
     """
     if best not in prompts:
         raise SettingError(f"there is no prompt {best!r} to hold the vector against; there are {', '.join(prompts)}")
-    name, num_groups = best, len(set(groups))
-    difference = bootstrap_by_group(mean_of((prompts[name] - vector).tolist()), groups, generator=generator)
+    num_groups = len(set(groups))
+    difference = bootstrap_by_group(mean_of((prompts[best] - vector).tolist()), groups, generator=generator)
     figure = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
     if num_groups < MIN_TO_TELL:
-        sentence = f"{num_groups} independent items are too few to tell; the {name} less the vector is {figure}."
+        sentence = f"{num_groups} independent items are too few to tell; the {best} less the vector is {figure}."
     elif difference.low > 0:
-        sentence = f"The {name} does better than the vector, by {figure}: use the {name}."
+        sentence = f"The {best} does better than the vector, by {figure}: use the {best}."
     elif difference.high < 0:
-        sentence = f"The vector does better than the {name}, which less the vector is {figure}."
+        sentence = f"The vector does better than the {best}, which less the vector is {figure}."
     else:
-        sentence = f"Neither is shown to be better; the {name} less the vector is {figure}."
-    return Verdict(difference.value > 0, difference, sentence)
+        sentence = f"Neither is shown to be better; the {best} less the vector is {figure}."
+    return Verdict(best, difference.value > 0, difference, sentence)
 
 
 class _Part(NamedTuple):

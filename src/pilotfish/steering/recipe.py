@@ -115,8 +115,8 @@ def steer(contrasts: Sequence[Contrast], loaded: LoadedModel, *, config: RecipeC
     prompts = _prompts(loaded, parts["choose"], config.num_prompts)
     shown = _prompt_arms(parts["train"], config)
     by_prompt = {arm.name: float(margins(loaded, arm, parts["choose"]).mean()) for arm in shown}
+    stronger = max(shown, key=lambda arm: by_prompt[arm.name])
     if config.budget is None:
-        stronger = max(shown, key=lambda arm: by_prompt[arm.name])
         config = replace(config, budget=_spent_by(stronger, loaded, parts["choose"], config))
 
     def effect(edits: Sequence[Edit], _: object = None) -> float:
@@ -143,7 +143,7 @@ def steer(contrasts: Sequence[Contrast], loaded: LoadedModel, *, config: RecipeC
         dosed = _calibrated(null, prompts, loaded, config)
         arms.append(Arm(name=name, edits=dosed.edits(loaded.model)))
         unspent |= {name: dosed.reason} if dosed.reason else {}
-    return _judged(loaded, parts["test"], arms, (ranked, final, by_prompt, unspent), config)
+    return _judged(loaded, parts["test"], arms, (ranked, final, by_prompt, unspent), config, rival=stronger.name)
 
 
 def divided(contrasts: Sequence[Contrast], *, seed: int) -> dict[str, list[Contrast]]:
@@ -174,6 +174,8 @@ def _judged(
     arms: Sequence[Arm],
     chosen: tuple[list[Candidate], Calibration, dict[str, float], dict[str, str]],
     config: RecipeConfig,
+    *,
+    rival: str,
 ) -> Steered:
     ranked, final, by_prompt, unspent = chosen
     measured: dict[str, Float[Tensor, " item"]] = {}
@@ -189,8 +191,7 @@ def _judged(
         measures[PROBABILITY] = lambda arm: measured[arm.name].sigmoid()
     rows = compare(arms, measures, groups=dict.fromkeys(measures, groups), generator=random)
     prompts = {arm.name: measured[arm.name] for arm in arms if arm.instruction or arm.examples or arm.prefix}
-    stronger = max(by_prompt, key=lambda name: by_prompt[name])
-    verdict = against_prompt(measured["vector"], prompts, groups, best=stronger, generator=random)
+    verdict = against_prompt(measured["vector"], prompts, groups, best=rival, generator=random)
     asked = [item.prompt for item in test if item.prompt][: config.num_prompts]
     answers = {
         arm.name: answer(loaded, arm, asked, decoding=config.decoding, generator=generator(config.seed, "answers"))
