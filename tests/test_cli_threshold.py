@@ -12,7 +12,7 @@ from pilotfish.cli import main
 from pilotfish.core import Conversation, Message
 from pilotfish.heads import Card, HeadBank, Measured, ThresholdCard, load_bank
 from pilotfish.models import LoadedModel, tiny_pair
-from pilotfish.scores import ScoredText, clopper_pearson_upper, score_tokens, with_limits, write_scored
+from pilotfish.scores import Reading, ScoredText, clopper_pearson_upper, score_tokens, with_limits, write_scored
 from pilotfish.scores.prepared import prepare
 from pilotfish.texts import write_jsonl
 
@@ -42,9 +42,9 @@ def bank() -> HeadBank:
     return HeadBank(made.heads, made.identity, card=card)
 
 
-def test_each_head_flags_as_many_as_its_exact_bound_allows(bank, reader):
+def test_each_head_flags_as_many_as_its_exact_bound_allows(bank, reader, tmp_path):
     benign = rows(60)
-    made = with_limits(bank, benign, reader, budget=0.1, max_tokens=64)
+    made = with_limits(bank, benign, Reading(reader, bank.sites, tmp_path), budget=0.1, max_tokens=64)
     assert set(made.card.thresholds) == set(bank.metrics)
     for index, metric in enumerate(made.metrics):
         scores = []
@@ -58,14 +58,14 @@ def test_each_head_flags_as_many_as_its_exact_bound_allows(bank, reader):
         assert clopper_pearson_upper(num_flagged + 1, 60) > 0.1, "one more would be too many"
 
 
-def test_figures_of_the_old_threshold_go_and_the_others_stay(bank, reader):
-    made = with_limits(bank, rows(60), reader, budget=0.1, max_tokens=64)
+def test_figures_of_the_old_threshold_go_and_the_others_stay(bank, reader, tmp_path):
+    made = with_limits(bank, rows(60), Reading(reader, bank.sites, tmp_path), budget=0.1, max_tokens=64)
     assert made.card.metrics == {"wide/auroc_response": FIGURE}
     assert made.card.run["threshold"]["config"] == {"budget": 0.1, "max_tokens": 64}
 
 
-def test_prompts_alone_set_a_threshold_for_prompts(bank, reader):
-    made = with_limits(bank, rows(60, answered=False), reader, budget=0.1, max_tokens=64)
+def test_prompts_alone_set_a_threshold_for_prompts(bank, reader, tmp_path):
+    made = with_limits(bank, rows(60, answered=False), Reading(reader, bank.sites, tmp_path), budget=0.1, max_tokens=64)
     assert made.card.thresholds["wide"].scope == "prompt"
 
 
@@ -88,7 +88,8 @@ def test_the_verb_writes_a_bank_and_measures_again_what_hangs_on_the_threshold(b
         for i in range(40)
     ]
     write_scored(old / "scored.json", "wide", {"head": texts})
-    command = ["threshold", str(old), "--benign", str(benign), "--model", str(reader), "--budget", "0.1"]
+    command = ["threshold", str(old), "--benign", str(benign), "--model", str(reader)]
+    command += ["--work", str(tmp_path / "work"), "--budget", "0.1"]
     assert main([*command, "--out", str(new)]) == 0
     said = capsys.readouterr().out
     made = HeadBank.load(new)

@@ -8,7 +8,7 @@ from pilotfish.errors import SettingError
 from pilotfish.heads import Card, Measured, load_bank
 from pilotfish.models import load_model
 from pilotfish.reports.figures import promise_of
-from pilotfish.scores import check_num_benign, read_scored, with_limits, write_scored
+from pilotfish.scores import Reading, check_num_benign, read_scored, with_limits, write_scored
 from pilotfish.scores.scored import SCORED_FILE
 from pilotfish.texts import read_jsonl
 
@@ -25,7 +25,7 @@ def run(config: Threshold) -> int:
     made = with_limits(
         bank,
         benign,
-        reader,
+        Reading(reader, bank.sites, config.work),
         budget=config.budget,
         max_tokens=config.max_tokens,
         held_out=held_out,
@@ -37,6 +37,8 @@ def run(config: Threshold) -> int:
     for metric in made.metrics:
         print(f"{metric}\n  before: {promise_of(bank.card, metric)}\n  now: {promise_of(made.card, metric)}")
     _print_figures(bank.card, made.card)
+    if held_out is None:
+        print(f"\nWhat the new threshold finds is not measured: {scored} is not there.")
     print(f"\nThe bank: {config.out.resolve()}")
     return 0
 

@@ -311,6 +311,8 @@ class Threshold:
     """Share of benign responses that may be flagged."""
     model: str | None = None
     """The reader; by default the one that the bank names."""
+    work: Path = Path("out/recordings")
+    """Keeps what the reader made of the texts; the next bank of that reader does not read them again."""
     max_tokens: int = 512
     """Longer texts are cut here."""
     device: str = "auto"

@@ -13,12 +13,11 @@ from torch import Tensor
 from pilotfish.core import Conversation
 from pilotfish.errors import SettingError
 from pilotfish.heads import HeadBank, Measured, ThresholdCard
-from pilotfish.models import LoadedModel
 from pilotfish.runs import generator, run_card
 from pilotfish.scores import lexical
 from pilotfish.scores.calibration import num_benign_needed, threshold_at_budget
 from pilotfish.scores.evaluation import AT_THRESHOLD, evaluate
-from pilotfish.scores.offline import score_tokens
+from pilotfish.scores.fitted import Reading
 from pilotfish.scores.prepared import Text, prepare
 from pilotfish.scores.scored import Scored
 from pilotfish.texts import joined_groups, num_documents
@@ -59,7 +58,7 @@ def limit(benign: Sequence[Text], scores: Float[Tensor, " text"], budget: float)
 def with_limits(
     bank: HeadBank,
     benign: Sequence[Conversation],
-    reader: LoadedModel,
+    reading: Reading,
     *,
     budget: float,
     max_tokens: int,
@@ -70,16 +69,20 @@ def with_limits(
 
     Args:
         budget: Share of benign documents that each head may flag.
+        reading: At the bank's sites.
         held_out: The texts that a head of the bank was measured on: what its threshold finds is measured again on them.
 
     Raises:
         SettingError: too few benign texts, or a head that gives many of them probability 1.
         BankMismatch: the bank was made for another reader.
+        ArtefactError: a recording in the work folder is damaged.
     """
-    bank.check(reader.identity)
-    texts = prepare(benign, reader, bank.metrics[0], max_tokens, keeps_unlabelled=True)
+    bank.check(reading.model.identity)
+    texts = prepare(benign, reading.model, bank.metrics[0], max_tokens, keeps_unlabelled=True)
     check_num_benign([text.conversation for text in texts], budget)
-    scores = torch.stack([_highest(text, bank, reader) for text in texts])
+    shelf = reading.of(texts)
+    runs = (bank.score_text(shelf.features(text.tokens.id), boundary=text.boundary).running for text in texts)
+    scores = torch.stack([run[text.is_response].amax(0) for text, run in zip(texts, runs, strict=True)])
     limits = {metric: limit(texts, scores[:, i], budget) for i, metric in enumerate(bank.metrics)}
     kept = {name: found for name, found in bank.card.metrics.items() if not _hangs_on_threshold(name)}
     if held_out is not None and held_out.metric in limits:
@@ -89,17 +92,12 @@ def with_limits(
     return HeadBank(bank.heads, bank.identity, card=card)
 
 
-def _highest(text: Text, bank: HeadBank, reader: LoadedModel) -> Float[Tensor, " metric"]:
-    running = score_tokens(reader.model, bank, text.tokens.token_ids, boundary=text.boundary).running
-    return running[text.is_response].amax(0)
-
-
 def _hangs_on_threshold(name: str) -> bool:
     return name.rsplit("/", 1)[-1] in (*AT_THRESHOLD, *lexical.FIGURES)
 
 
 def _at_threshold(held_out: Scored, threshold: float, seed: int) -> dict[str, Measured]:
-    head, words = held_out.by_scorer["head"], held_out.by_scorer.get("words")
+    head, words = held_out.by_scorer.get("head", []), held_out.by_scorer.get("words")
     found = evaluate(head, threshold=threshold, generator=generator(seed, "bootstrap"))
     found = {name: figure for name, figure in found.items() if name in AT_THRESHOLD}
     if words is not None:
