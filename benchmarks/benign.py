@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pilotfish.cli.terminal import quieten_transformers, table
 from pilotfish.core import Conversation
-from pilotfish.heads import HeadBank, load_bank
+from pilotfish.heads import HeadBank
 from pilotfish.models import LoadedModel, load_model
 from pilotfish.runs import generator, run_card, write_json
 from pilotfish.scores import read_scored, threshold_at_budget
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows and the run's card here")
     args = parser.parse_args()
     quieten_transformers()
-    banks = {folder: load_bank(folder) for folder in args.banks}
+    banks = {folder: HeadBank.load(folder) for folder in args.banks}
     reader = load_model(next(iter(banks.values())).identity.name)
     pool = more_benign(args.data)
     if max(args.sizes) >= len(pool):

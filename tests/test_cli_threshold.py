@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +10,20 @@ from conftest import seeded_bank
 
 from pilotfish.cli import main
 from pilotfish.core import Conversation, Message
-from pilotfish.heads import Card, HeadBank, Measured, ThresholdCard, load_bank
+from pilotfish.errors import SettingError
+from pilotfish.heads import Card, DataCard, HeadBank, Measured, ThresholdCard
 from pilotfish.models import LoadedModel, tiny_pair
-from pilotfish.scores import Reading, ScoredText, clopper_pearson_upper, score_tokens, with_limits, write_scored
+from pilotfish.runs import generator
+from pilotfish.scores import (
+    Reading,
+    ScoredText,
+    clopper_pearson_upper,
+    evaluate,
+    score_tokens,
+    with_limits,
+    write_scored,
+)
+from pilotfish.scores.evaluation import AT_THRESHOLD
 from pilotfish.scores.prepared import prepare
 from pilotfish.texts import write_jsonl
 
@@ -38,7 +49,11 @@ def bank() -> HeadBank:
     made = seeded_bank(PAIR, reader="draft")
     names = ("auroc_response", "recall_at_threshold", "lag_median", "lexical_gap", "elsewhere/far/fpr_at_threshold")
     figures = {f"wide/{name}": FIGURE for name in names}
-    card = Card(identity=made.identity, thresholds={"wide": OLD}, metrics=figures)
+    data = tuple(
+        DataCard(source="theirs", license="", num_rows=5, num_tokens=50, role=role, metric="wide")
+        for role in ("train", "benign")
+    )
+    card = Card(identity=made.identity, thresholds={"wide": OLD}, metrics=figures, data=data)
     return HeadBank(made.heads, made.identity, card=card)
 
 
@@ -61,12 +76,57 @@ def test_each_head_flags_as_many_as_its_exact_bound_allows(bank, reader, tmp_pat
 def test_figures_of_the_old_threshold_go_and_the_others_stay(bank, reader, tmp_path):
     made = with_limits(bank, rows(60), Reading(reader, bank.sites, tmp_path), budget=0.1, max_tokens=64)
     assert made.card.metrics == {"wide/auroc_response": FIGURE}
-    assert made.card.run["threshold"]["config"] == {"budget": 0.1, "max_tokens": 64}
+    assert made.card.run["threshold"]["config"] == {"budget": 0.1, "max_tokens": 64, "dtype": "torch.float32"}
+    assert {(row.role, row.source, row.num_rows, row.metric) for row in made.card.data} == {
+        ("train", "theirs", 5, "wide"),
+        ("benign", "ours", 60, "wide"),
+        ("benign", "ours", 60, "narrow"),
+    }
 
 
-def test_prompts_alone_set_a_threshold_for_prompts(bank, reader, tmp_path):
-    made = with_limits(bank, rows(60, answered=False), Reading(reader, bank.sites, tmp_path), budget=0.1, max_tokens=64)
-    assert made.card.thresholds["wide"].scope == "prompt"
+def test_prompts_set_the_threshold_of_a_head_that_judges_prompts_and_of_no_other(bank, reader, tmp_path):
+    def made(bank: HeadBank, benign: list[Conversation]) -> HeadBank:
+        return with_limits(bank, benign, Reading(reader, bank.sites, tmp_path), budget=0.1, max_tokens=64)
+
+    limits = {metric: replace(OLD, scope="prompt") for metric in bank.metrics}
+    for_prompts = HeadBank(bank.heads, bank.identity, card=replace(bank.card, thresholds=limits))
+    assert made(for_prompts, rows(60, answered=False)).card.thresholds["wide"].scope == "prompt"
+    with pytest.raises(SettingError, match="is for prompts, and the benign texts are answers: leave the answers out"):
+        made(for_prompts, rows(60))
+    with pytest.raises(SettingError, match=r"'wide' is for answers, and .* are prompts: give each its answer"):
+        made(bank, rows(60, answered=False))
+    with pytest.raises(SettingError, match="60 of 61 benign texts have an answer, the others none"):
+        made(bank, [*rows(60), replace(rows(61, answered=False)[-1])])
+
+
+def test_a_text_that_is_labelled_positive_is_not_benign(bank, reader, tmp_path):
+    benign = [*rows(60), replace(rows(61)[-1], labels={"wide": 1.0})]
+    with pytest.raises(SettingError, match="1 of the benign texts are labelled positive for 'wide', 'r60' first"):
+        with_limits(bank, benign, Reading(reader, bank.sites, tmp_path), budget=0.1)
+
+
+def test_what_is_cut_off_is_said(bank, reader, tmp_path, caplog):
+    with_limits(bank, rows(60), Reading(reader, bank.sites, tmp_path), budget=0.1, max_tokens=20)
+    assert "58 of 60 texts go on after the 20 tokens that count" in caplog.text
+
+
+def test_the_figures_of_a_threshold_are_all_known_by_name():
+    texts = [
+        ScoredText(
+            id=f"t{i}",
+            group=f"g{i}",
+            prompt="",
+            label=float(i % 2),
+            score=i / 20,
+            token_labels=torch.tensor([0.0, i % 2]),
+            token_scores=torch.tensor([0.1, i / 20]),
+        )
+        for i in range(20)
+    ]
+    with_threshold, without = (
+        evaluate(texts, threshold=limit, generator=generator(0, "test"), num_resamples=20) for limit in (0.5, None)
+    )
+    assert with_threshold.keys() - without.keys() == set(AT_THRESHOLD)
 
 
 def test_the_verb_writes_a_bank_and_measures_again_what_hangs_on_the_threshold(bank, tmp_path, capsys):
@@ -87,7 +147,9 @@ def test_the_verb_writes_a_bank_and_measures_again_what_hangs_on_the_threshold(b
         )
         for i in range(40)
     ]
-    write_scored(old / "scored.json", "wide", {"head": texts})
+    write_scored(old / "scored.json", "wide", {"head": texts, "words": texts})
+    new.mkdir()
+    write_scored(new / "scored.json", "narrow", {})
     command = ["threshold", str(old), "--benign", str(benign), "--model", str(reader)]
     command += ["--work", str(tmp_path / "work"), "--budget", "0.1"]
     assert main([*command, "--out", str(new)]) == 0
@@ -100,16 +162,16 @@ def test_the_verb_writes_a_bank_and_measures_again_what_hangs_on_the_threshold(b
     assert (new / "heads.safetensors").read_bytes() == (old / "heads.safetensors").read_bytes()
     assert "before: A response is flagged when its score reaches 0.999" in said
     assert f"now: A response is flagged when its score reaches {found.threshold:.3f}" in said
+    assert made.card.metrics["wide/fpr_wordy_negatives"].value == float(texts[38].score >= found.threshold)
     assert "wide/lag_median" in said and "not measured" in said
+    assert "What the threshold of 'narrow' finds is not measured" in said
     assert main([*command, "--out", str(old)]) == 1 and "is the bank itself" in capsys.readouterr().err
     assert main([*command[:-1], "0.01", "--out", str(new)]) == 1
     assert "give 299 documents or more, or a larger budget" in capsys.readouterr().err
     assert HeadBank.load(old).card.metrics == bank.card.metrics
-
-
-def test_a_bank_that_ships_is_found_by_its_name_unless_a_folder_has_it(bank, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    name = Path("smollm2-135m-refusal")
-    assert load_bank(name).metrics == ("refusal",)
-    bank.save(name)
-    assert load_bank(name).metrics == bank.metrics
+    write_scored(old / "scored.json", "other", {"head": texts})
+    assert main([*command, "--out", str(new)]) == 1
+    assert "has the scores of head for 'other'; the bank beside it has heads for" in capsys.readouterr().err
+    (old / "scored.json").unlink()
+    assert main([*command, "--out", str(new)]) == 0
+    assert not (new / "scored.json").exists(), "what another bank had scored"

@@ -14,6 +14,7 @@ from pilotfish.cli import main
 from pilotfish.cli.serve_vllm import launch
 from pilotfish.cli.server_verbs import Serve
 from pilotfish.errors import SettingError
+from pilotfish.heads import load_bank
 from pilotfish.vllm import read_settings
 
 
@@ -67,6 +68,15 @@ def test_the_plugin_s_settings_are_those_of_the_command(config, folder):
     assert settings.alerts_file == str(Path("alerts.jsonl").resolve()) and settings.webhook is None
     policy = read_policy(Path(settings.policy))
     assert {rule.action for rule in policy.rules} == {"stop"} and policy.rules[0].threshold == 0.75 and policy.hold
+
+
+def test_a_bank_that_ships_goes_by_its_name(config, tmp_path):
+    name = "smollm2-135m-refusal"
+    settings = settings_of(launch(replace(config, banks=(Path(name),)), {}).environment)
+    assert load_bank(Path(settings.banks[0])).metrics == ("refusal",)
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"banks": [name]}))
+    assert read_settings(path).banks == settings.banks
 
 
 def test_a_policy_that_is_named_is_taken_whole(config, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from conftest import seeded_bank
 
 from pilotfish.core import Site
 from pilotfish.errors import ArtefactError, SettingError
-from pilotfish.heads import Form, Head, HeadBank, linear_head, shipped_banks
+from pilotfish.heads import Form, Head, HeadBank, linear_head, load_bank, shipped_banks, shipped_folders
+from pilotfish.heads.shipped import SHIPPED
 from pilotfish.models import Pair
 from pilotfish.scores import score_tokens
 from pilotfish.taps import tapped
@@ -116,6 +118,25 @@ def test_a_shipped_bank_is_found_by_the_model_it_was_made_for_and_by_no_other(pa
     renamed = dataclasses.replace(pair.draft_identity, name="another name")
     assert len(shipped_banks(renamed, tmp_path)) == 1
     assert shipped_banks(dataclasses.replace(pair.draft_identity, weights="other"), tmp_path) == []
+
+
+def test_each_bank_that_ships_is_taken_for_its_own_reader_alone():
+    shipped = [load_bank(path) for path in SHIPPED.iterdir()]
+    for bank in shipped:
+        found = {load_bank(path).identity.weights for path in shipped_folders(bank.identity)}
+        assert found == {bank.identity.weights}
+    assert len({bank.identity.weights for bank in shipped}) == 2
+
+
+def test_a_name_finds_a_bank_that_ships_unless_a_folder_has_it(pair: Pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = Path("smollm2-135m-refusal")
+    assert load_bank(name).metrics == ("refusal",)
+    mine = seeded_bank(pair, reader="draft")
+    mine.save(name)
+    assert load_bank(name).metrics == mine.metrics
+    with pytest.raises(ArtefactError, match=r"no folder refusla, and no bank .* ships; those that ship are .*refusal"):
+        load_bank(Path("refusla"))
 
 
 def test_a_damaged_shipped_bank_is_no_silent_absence(pair: Pair, tmp_path):

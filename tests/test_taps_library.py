@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotfish.core import Site
-from pilotfish.errors import ArtefactError, SettingError, TextError
+from pilotfish.errors import SettingError, TextError
 from pilotfish.models import tiny_model
 from pilotfish.taps import Shelf, TokenRow, gather, tapped
 
@@ -86,6 +86,9 @@ def test_two_names_of_the_same_tokens_share_one_reading(tmp_path: Path) -> None:
 def test_another_model_and_other_sites_are_read_anew(tmp_path: Path) -> None:
     gathered(tmp_path, ROWS)
     assert num_tokens_read(lambda: gathered(tmp_path, ROWS, model="another")) > 0
+    other_dtype = tiny_model("llama", seed=0).to(torch.bfloat16)
+    found = gather(other_dtype, SITES, ROWS, tmp_path, identity_hash="tiny").features("row-3")
+    assert found.dtype == torch.bfloat16
     assert num_tokens_read(lambda: gathered(tmp_path, ROWS, sites=[*SITES, OTHER])) > 0
 
 
@@ -105,7 +108,9 @@ def test_a_recording_of_more_sites_serves_whoever_asks_for_some(tmp_path: Path) 
     )
 
 
-def test_an_unfinished_recording_is_gone_on_with_and_a_damaged_one_refused(tmp_path: Path) -> None:
+def test_an_unfinished_recording_is_gone_on_with_and_a_damaged_one_mended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     gathered(tmp_path, ROWS)
     (sidecar,) = tmp_path.rglob("*.sha256")
     sidecar.unlink()
@@ -113,8 +118,21 @@ def test_an_unfinished_recording_is_gone_on_with_and_a_damaged_one_refused(tmp_p
     assert len(list(tmp_path.rglob("index.json"))) == 1
     (shard,) = tmp_path.rglob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ArtefactError, match="damaged"):
-        gathered(tmp_path, ROWS)
+    shelves: list[Shelf] = []
+    assert num_tokens_read(lambda: shelves.append(gathered(tmp_path, ROWS))) > 0
+    assert "damaged" in caplog.text
+    torch.testing.assert_close(shelves[0].features("row-3"), direct_pass(ROWS[3]))
+    assert num_tokens_read(lambda: gathered(tmp_path, ROWS)) == 0
+    assert len(list(tmp_path.rglob("index.json"))) == 1
+
+
+def test_what_is_no_recording_is_left_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    gathered(tmp_path, ROWS)
+    for name, content in (("a", "{}"), ("b", "[1]"), ("c", "no json")):
+        (tmp_path / name / "x").mkdir(parents=True)
+        (tmp_path / name / "x" / "index.json").write_text(content)
+    assert num_tokens_read(lambda: gathered(tmp_path, ROWS)) == 0
+    assert caplog.text.count("left aside") == 3
 
 
 def test_a_name_that_occurs_twice_or_was_not_asked_for_is_refused(tmp_path: Path) -> None:

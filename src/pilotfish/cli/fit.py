@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pilotfish.cli.terminal import table
+from pilotfish.cli.terminal import number, said_once, table
 from pilotfish.cli.verbs import Fit
 from pilotfish.core import Conversation
 from pilotfish.errors import TextError
@@ -35,9 +35,10 @@ def run(config: Fit) -> int:
         ),
     )
     reader = load_model(pair_draft or config.model, device=config.device, dtype=config.dtype)
-    bank, scored = build_bank(
-        splits, benign, reader, metric=config.metric, config=recipe, work_folder=config.work, seed=config.seed
-    )
+    with said_once():  # every scorer lacks what the texts lack
+        bank, scored = build_bank(
+            splits, benign, reader, metric=config.metric, config=recipe, work_folder=config.work, seed=config.seed
+        )
     bank.save(config.out)
     write_scored(config.out / SCORED_FILE, config.metric, scored)
     _print_card(bank.card, config.metric)
@@ -70,14 +71,10 @@ def _is_negative(row: Conversation, metric: str) -> bool:
 
 def _print_card(card: Card, metric: str) -> None:
     rows = [
-        [name, _number(figure.value), f"[{_number(figure.low)}, {_number(figure.high)}]", str(figure.n)]
+        [name, number(figure.value), f"[{number(figure.low)}, {number(figure.high)}]", str(figure.n)]
         for name, figure in {**card.metrics, **card.baselines}.items()
     ]
     print(table(["on held-out documents", "value", "95 % interval", "documents"], rows))
     print(f"\n{promise_of(card, metric)}")
     if metric in card.better_than_words:
         print("Better than TF-IDF." if card.better_than_words[metric] else "NOT shown to be better than TF-IDF.")
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.0e}"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from pilotfish.actions import Policy, policy_to_dict, read_policy
 from pilotfish.cli.server_verbs import Serve
 from pilotfish.errors import SettingError
+from pilotfish.heads import bank_folder
 from pilotfish.models import DEMO_PAIRS, default_cache, identify_folder, resolve
 from pilotfish.runs import write_json
 from pilotfish.vllm.settings import VARIABLE, read_settings
@@ -108,7 +109,7 @@ def _written(config: Serve, policy: Policy) -> Path:
     """The settings file, in a folder that only its owner may read: a store's address may hold a password."""
     policy_json = policy_to_dict(policy)
     settings: dict[str, Any] = {
-        "banks": [str(folder.resolve()) for folder in config.banks],
+        "banks": [str(bank_folder(folder).resolve()) for folder in config.banks],
         "store": config.store,
         "webhook_secret_env": config.webhook_secret_env,
         "redact": config.redact,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TextIO
 
 from pilotfish.core import TokenScore
@@ -23,11 +25,36 @@ def uses_colour(stream: TextIO | None = None) -> bool:
 
 def quieten_transformers() -> None:
     """Keeps the library's warnings out of the answers, and its progress bars out of what is no terminal."""
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    theirs.set_verbosity_error()  # type: ignore[no-untyped-call]
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Inside, a warning that was shown is not shown again."""
+    filters = [(handler, _SaidOnce()) for handler in logging.getLogger().handlers]
+    for handler, once in filters:
+        handler.addFilter(once)
+    try:
+        yield
+    finally:
+        for handler, once in filters:
+            handler.removeFilter(once)
+
+
+class _SaidOnce(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self._said
+        self._said.add(message)
+        return is_new
 
 
 def paint(text: str, score: TokenScore | None, threshold: float | None, *, colour: bool) -> str:
@@ -46,6 +73,11 @@ def paint(text: str, score: TokenScore | None, threshold: float | None, *, colou
         return text
     style = f"\x1b[48;5;{background};38;5;16m" + ("\x1b[1m" if is_over else "")
     return "\n".join(f"{style}{line}{RESET}" if line else "" for line in text.split("\n"))
+
+
+def number(value: float) -> str:
+    """Three decimals; a small one in powers of ten."""
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.0e}"
 
 
 def legend(metric: str, threshold: float | None, *, colour: bool) -> str:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from pilotfish.cli.terminal import table
+from pathlib import Path
+
+from pilotfish.cli.terminal import number, table
 from pilotfish.cli.verbs import Threshold
 from pilotfish.errors import SettingError
-from pilotfish.heads import Card, Measured, load_bank
+from pilotfish.heads import Card, HeadBank, Measured, bank_folder
 from pilotfish.models import load_model
 from pilotfish.reports.figures import promise_of
-from pilotfish.scores import Reading, check_num_benign, read_scored, with_limits, write_scored
+from pilotfish.scores import Reading, Scored, check_num_benign, read_scored, with_limits, write_scored
 from pilotfish.scores.scored import SCORED_FILE
 from pilotfish.texts import read_jsonl
 
 
 def run(config: Threshold) -> int:
-    bank = load_bank(config.bank)
-    if config.out.exists() and config.bank.exists() and config.out.samefile(config.bank):
+    folder = bank_folder(config.bank)
+    bank = HeadBank.load(folder)
+    if config.out.exists() and config.out.samefile(folder):
         raise SettingError(f"--out {config.out} is the bank itself; give another folder, so that the old one stays")
+    held_out = _held_out(folder / SCORED_FILE, bank)
     benign = read_jsonl(config.benign)
     check_num_benign(benign, config.budget)
     reader = load_model(config.model or bank.identity.name, device=config.device, dtype=config.dtype)
-    scored = config.bank / SCORED_FILE
-    held_out = read_scored(scored) if scored.exists() else None
     made = with_limits(
         bank,
         benign,
@@ -32,15 +34,29 @@ def run(config: Threshold) -> int:
         seed=config.seed,
     )
     made.save(config.out)
+    (config.out / SCORED_FILE).unlink(missing_ok=True)  # another bank's
     if held_out is not None:
         write_scored(config.out / SCORED_FILE, held_out.metric, held_out.by_scorer)
     for metric in made.metrics:
         print(f"{metric}\n  before: {promise_of(bank.card, metric)}\n  now: {promise_of(made.card, metric)}")
     _print_figures(bank.card, made.card)
-    if held_out is None:
-        print(f"\nWhat the new threshold finds is not measured: {scored} is not there.")
+    for metric in made.metrics:
+        if held_out is None or held_out.metric != metric:
+            print(f"\nWhat the threshold of {metric!r} finds is not measured: no {SCORED_FILE} of it lies in {folder}.")
     print(f"\nThe bank: {config.out.resolve()}")
     return 0
+
+
+def _held_out(path: Path, bank: HeadBank) -> Scored | None:
+    if not path.exists():
+        return None
+    found = read_scored(path)
+    if found.metric not in bank.metrics or "head" not in found.by_scorer:
+        raise SettingError(
+            f"{path} has the scores of {', '.join(found.by_scorer) or 'nothing'} for {found.metric!r}; the bank beside "
+            f"it has heads for {', '.join(bank.metrics)}: take that file away, or give the folder that `fit` wrote"
+        )
+    return found
 
 
 def _print_figures(before: Card, now: Card) -> None:
@@ -55,4 +71,4 @@ def _print_figures(before: Card, now: Card) -> None:
 
 
 def _cell(found: Measured | None) -> str:
-    return "not measured" if found is None else f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return "not measured" if found is None else "{} [{}, {}]".format(*map(number, (found.value, found.low, found.high)))

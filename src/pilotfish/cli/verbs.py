@@ -297,9 +297,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Threshold:
-    """Sets the thresholds of a bank anew, on benign texts of your own: a promise holds for texts like those it was made
-    on.
-    """
+    """Sets a bank's thresholds anew, on benign texts of your own: its promise is for texts like those."""
 
     bank: Annotated[Path, tyro.conf.Positional]
     """Folder of the bank, or the name of one that ships."""
@@ -313,8 +311,8 @@ class Threshold:
     """The reader; by default the one that the bank names."""
     work: Path = Path("out/recordings")
     """Keeps what the reader made of the texts; the next bank of that reader does not read them again."""
-    max_tokens: int = 512
-    """Longer texts are cut here."""
+    max_tokens: int | None = None
+    """Longer texts are cut here; by default where the reader's context ends."""
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: str = "auto"

@@ -6,7 +6,7 @@ from pilotfish.heads.examples import Example, Source
 from pilotfish.heads.fit import FitConfig, FitResult, fit
 from pilotfish.heads.form import Form
 from pilotfish.heads.head import Head, Which, linear_head
-from pilotfish.heads.shipped import load_bank, shipped_banks
+from pilotfish.heads.shipped import bank_folder, load_bank, shipped_banks, shipped_folders
 
 __all__ = [
     "BankScores",
@@ -24,9 +24,11 @@ __all__ = [
     "Source",
     "ThresholdCard",
     "Which",
+    "bank_folder",
     "fit",
     "joined",
     "linear_head",
     "load_bank",
     "shipped_banks",
+    "shipped_folders",
 ]

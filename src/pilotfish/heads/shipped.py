@@ -1,37 +1,59 @@
-"""A model's identity in, the banks that ship inside the package for it out."""
+"""A model's identity or a bank's name in, the banks that ship inside the package out."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pilotfish.errors import BankMismatch
+from pilotfish.errors import ArtefactError, BankMismatch
 from pilotfish.heads.bank import CARD_FILE, HeadBank
 from pilotfish.models import Identity
 
 SHIPPED = Path(__file__).parent / "shipped"
 
 
-def shipped_banks(identity: Identity, folder: Path = SHIPPED) -> list[HeadBank]:
-    """The banks in `folder` that were made for this model; none when there are none.
+def shipped_folders(identity: Identity, folder: Path = SHIPPED) -> list[Path]:
+    """Where, in `folder`, the banks lie that were made for this model; none when there are none.
 
     Raises:
         ArtefactError: a shipped bank is damaged.
     """
-    banks = []
-    for card in sorted(folder.glob(f"*/{CARD_FILE}")):
-        bank = HeadBank.load(card.parent)
-        try:
-            bank.check(identity)
-        except BankMismatch:
-            continue
-        banks.append(bank)
-    return banks
+    return [path for path in _folders(folder) if _is_for(HeadBank.load(path), identity)]
 
 
-def load_bank(folder: Path) -> HeadBank:
-    """A bank from its folder; or by its name one that ships, where there is no folder of that name.
+def shipped_banks(identity: Identity, folder: Path = SHIPPED) -> list[HeadBank]:
+    """The banks of `shipped_folders`."""
+    return [HeadBank.load(path) for path in shipped_folders(identity, folder)]
+
+
+def bank_folder(named: Path) -> Path:
+    """A folder as it was given; or, where it is not there, the one of the bank of that name that ships.
 
     Raises:
-        ArtefactError, BankMismatch: as `HeadBank.load`.
+        ArtefactError: there is neither.
     """
-    return HeadBank.load(folder if folder.exists() or not (SHIPPED / folder).exists() else SHIPPED / folder)
+    shipped = SHIPPED / named
+    if named.exists() or shipped.exists():
+        return named if named.exists() else shipped
+    names = ", ".join(path.name for path in _folders(SHIPPED))
+    raise ArtefactError(f"there is no folder {named}, and no bank of that name ships; those that ship are {names}")
+
+
+def load_bank(named: Path) -> HeadBank:
+    """The bank in `bank_folder`.
+
+    Raises:
+        ArtefactError, BankMismatch: as `bank_folder` and `HeadBank.load`.
+    """
+    return HeadBank.load(bank_folder(named))
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [card.parent for card in sorted(folder.glob(f"*/{CARD_FILE}"))]
+
+
+def _is_for(bank: HeadBank, identity: Identity) -> bool:
+    try:
+        bank.check(identity)
+    except BankMismatch:
+        return False
+    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pilotfish.errors import ArtefactError
-from pilotfish.heads import Card
+from pilotfish.heads import Card, bank_folder
 from pilotfish.heads.bank import CARD_FILE
 from pilotfish.reports.curves import curves_of
 from pilotfish.reports.examples import examples_of
@@ -26,6 +26,7 @@ def read_sections(folder: Path) -> list[Section]:
     Raises:
         ArtefactError: the card or `scored.json` is damaged, the card is missing, or the two are of different metrics.
     """
+    folder = bank_folder(folder)
     card = Card.load(folder / CARD_FILE)
     path = folder / SCORED_FILE
     scored = read_scored(path) if path.exists() else None

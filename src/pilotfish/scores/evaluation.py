@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -114,7 +114,7 @@ def evaluate(
     threshold: float | None = None,
     generator: torch.Generator,
     num_resamples: int = 1000,
-    log_level: int = logging.WARNING,
+    only: Collection[str] | None = None,
 ) -> dict[str, Estimate]:
     """The figures of one scorer; those that the texts do not define, for lack of a label, are left out and logged.
 
@@ -122,9 +122,10 @@ def evaluate(
     `ece_token` and `brier_token` of a scorer that gives probabilities. Of responses: `auroc_response`,
     `tpr_response_at_1pct_fpr` and `…_0.1pct_fpr` (with fewer than 1,000 negatives, the share above all of them),
     `pairwise_accuracy`. With a threshold: `recall_at_threshold` and `fpr_at_threshold` of responses, and the figures
-    of `pilotfish.scores.detection` over the texts with a positive token.
+    of `pilotfish.scores.detection` over the texts with a positive token. `only` names those that are wanted.
     """
-    return _with_intervals(_Figures(texts).table(threshold), generator, num_resamples, log_level)
+    table = _Figures(texts).table(threshold)
+    return _with_intervals({n: table[n] for n in table if only is None or n in only}, generator, num_resamples)
 
 
 def compare(
@@ -141,7 +142,7 @@ def compare(
     assert [text.id for text in texts] == [text.id for text in baseline], "the same texts in the same order"
     ours, theirs = (_Figures(given).table(None) for given in (texts, baseline))
     figures = {name: partial(_difference, ours[name], theirs[name]) for name in COMPARED}
-    return _with_intervals(figures, generator, num_resamples, logging.INFO)
+    return _with_intervals(figures, generator, num_resamples)
 
 
 def _difference(ours: Callable[[], _Figure], theirs: Callable[[], _Figure]) -> _Figure:
@@ -152,7 +153,7 @@ def _difference(ours: Callable[[], _Figure], theirs: Callable[[], _Figure]) -> _
 
 
 def _with_intervals(
-    figures: Mapping[str, Callable[[], _Figure]], generator: torch.Generator, num_resamples: int, log_level: int
+    figures: Mapping[str, Callable[[], _Figure]], generator: torch.Generator, num_resamples: int
 ) -> dict[str, Estimate]:
     estimates = {}
     for name, make in figures.items():
@@ -165,7 +166,7 @@ def _with_intervals(
             else:
                 logger.info("%s is left out: no text has what it needs", name)
         except SettingError as error:
-            logger.log(log_level, "%s is left out: %s", name, error)
+            logger.warning("%s is left out: %s", name, error)
     return estimates
 
 

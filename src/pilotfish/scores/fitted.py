@@ -35,7 +35,7 @@ class Reading(NamedTuple):
     work_folder: Path
     """Where activations are kept."""
     also: tuple[Site, ...] = ()
-    """Recorded in the same pass, for others who read these texts."""
+    """Recorded in the same pass, for others who read the splits."""
 
     def of(self, texts: Sequence[Text]) -> Shelf:
         """Their activations; reads those that are not kept yet."""
@@ -73,6 +73,7 @@ def fit_head(
     examples = {text.tokens.id: text.example for name in SPLITS[:2] for text in texts[name]}
     result = fit(train, validation, examples, config=config, quality=auroc, generator=generator(seed, "fit"))
     head, calibration = _calibrated(result.head(metric, reading.sites), texts["validation"], shelf)
+    reading = reading._replace(also=())  # the splits are what others read too
     return FittedHead(HeadBank([head], reading.model.identity), reading, result, calibration)
 
 

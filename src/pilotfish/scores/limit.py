@@ -18,7 +18,7 @@ from pilotfish.scores import lexical
 from pilotfish.scores.calibration import num_benign_needed, threshold_at_budget
 from pilotfish.scores.evaluation import AT_THRESHOLD, evaluate
 from pilotfish.scores.fitted import Reading
-from pilotfish.scores.prepared import Text, prepare
+from pilotfish.scores.prepared import Text, data_cards, prepare
 from pilotfish.scores.scored import Scored
 from pilotfish.texts import joined_groups, num_documents
 
@@ -40,17 +40,15 @@ def limit(benign: Sequence[Text], scores: Float[Tensor, " text"], budget: float)
         scores: Of the responses, probabilities.
 
     Raises:
-        SettingError: as `threshold_at_budget`.
+        SettingError: as `threshold_at_budget`; or some are answered and others are not.
     """
     rows = [text.conversation for text in benign]
     documents = joined_groups(rows)
     found = threshold_at_budget(scores, budget, groups=[documents[row.group] for row in rows])
-    is_answered = any(message.role == "assistant" for row in rows for message in row.messages)
-    scope: Literal["answer", "prompt"] = "answer" if is_answered else "prompt"
     return ThresholdCard(
         **found._asdict(),
         benign_source=", ".join(sorted({row.source or "unnamed" for row in rows})),
-        scope=scope,
+        scope=_scope(rows),
         median_tokens=int(torch.tensor([int(text.is_response.sum()) for text in benign]).median()),
     )
 
@@ -61,35 +59,70 @@ def with_limits(
     reading: Reading,
     *,
     budget: float,
-    max_tokens: int,
+    max_tokens: int | None = None,
     held_out: Scored | None = None,
     seed: int = 0,
 ) -> HeadBank:
     """The same heads, flagging from where these benign texts allow it; what was measured at the old threshold goes.
 
     Args:
-        budget: Share of benign documents that each head may flag.
         reading: At the bank's sites.
+        budget: Share of benign documents that each head may flag.
+        max_tokens: Longer texts are cut here; None reads as far as the model does.
         held_out: The texts that a head of the bank was measured on: what its threshold finds is measured again on them.
 
     Raises:
-        SettingError: too few benign texts, or a head that gives many of them probability 1.
+        SettingError: too few benign texts, one that is labelled positive, answers for a head that judges prompts or the
+            other way round, or a head that gives many of them probability 1.
         BankMismatch: the bank was made for another reader.
-        ArtefactError: a recording in the work folder is damaged.
     """
     bank.check(reading.model.identity)
-    texts = prepare(benign, reading.model, bank.metrics[0], max_tokens, keeps_unlabelled=True)
-    check_num_benign([text.conversation for text in texts], budget)
+    longest = max_tokens or reading.model.model.config.max_position_embeddings
+    texts = prepare(benign, reading.model, bank.metrics[0], longest, keeps_unlabelled=True)
+    rows = [text.conversation for text in texts]
+    check_num_benign(rows, budget)
+    _check_benign(bank, rows)
     shelf = reading.of(texts)
     runs = (bank.score_text(shelf.features(text.tokens.id), boundary=text.boundary).running for text in texts)
     scores = torch.stack([run[text.is_response].amax(0) for text, run in zip(texts, runs, strict=True)])
     limits = {metric: limit(texts, scores[:, i], budget) for i, metric in enumerate(bank.metrics)}
     kept = {name: found for name, found in bank.card.metrics.items() if not _hangs_on_threshold(name)}
-    if held_out is not None and held_out.metric in limits:
+    if held_out is not None:
         kept |= _at_threshold(held_out, limits[held_out.metric].threshold, seed)
-    run = run_card("threshold", {"budget": budget, "max_tokens": max_tokens}, seed)
-    card = replace(bank.card, thresholds=limits, metrics=kept, run={**bank.card.run, "threshold": run})
+    made_with = [row for row in bank.card.data if row.role != "benign"]
+    made_with += [row for metric in bank.metrics for row in data_cards("benign", texts, metric)]
+    settings = {"budget": budget, "max_tokens": longest, "dtype": str(reading.model.model.dtype)}
+    run = {**bank.card.run, "threshold": run_card("threshold", settings, seed)}
+    card = replace(bank.card, thresholds=limits, metrics=kept, data=tuple(made_with), run=run)
     return HeadBank(bank.heads, bank.identity, card=card)
+
+
+def _check_benign(bank: HeadBank, rows: Sequence[Conversation]) -> None:
+    scope = _scope(rows)
+    for metric in bank.metrics:
+        known = bank.card.thresholds.get(metric)
+        if known is not None and known.scope != scope:
+            raise SettingError(
+                f"the threshold of {metric!r} is for {known.scope}s, and the benign texts are {scope}s: "
+                + ("leave the answers out" if known.scope == "prompt" else "give each its answer")
+            )
+        spans = {row.id for row in rows if any(span.metric == metric and span.value > 0 for span in row.spans)}
+        positive = [row.id for row in rows if row.labels.get(metric, 0.0) > 0 or row.id in spans]
+        if positive:
+            raise SettingError(
+                f"{len(positive)} of the benign texts are labelled positive for {metric!r}, {positive[0]!r} first; "
+                "leave them out"
+            )
+
+
+def _scope(rows: Sequence[Conversation]) -> Literal["answer", "prompt"]:
+    is_answered = [any(message.role == "assistant" for message in row.messages) for row in rows]
+    if any(is_answered) and not all(is_answered):
+        raise SettingError(
+            f"{sum(is_answered)} of {len(rows)} benign texts have an answer, the others none; a threshold is for one "
+            "side: give prompts alone, or each its answer"
+        )
+    return "answer" if all(is_answered) else "prompt"
 
 
 def _hangs_on_threshold(name: str) -> bool:
@@ -97,9 +130,8 @@ def _hangs_on_threshold(name: str) -> bool:
 
 
 def _at_threshold(held_out: Scored, threshold: float, seed: int) -> dict[str, Measured]:
-    head, words = held_out.by_scorer.get("head", []), held_out.by_scorer.get("words")
-    found = evaluate(head, threshold=threshold, generator=generator(seed, "bootstrap"))
-    found = {name: figure for name, figure in found.items() if name in AT_THRESHOLD}
+    head, words = held_out.by_scorer["head"], held_out.by_scorer.get("words")
+    found = evaluate(head, threshold=threshold, generator=generator(seed, "bootstrap"), only=AT_THRESHOLD)
     if words is not None:
         found |= lexical.lexical_control(head, words, threshold=threshold, generator=generator(seed, "bootstrap"))
     return {f"{held_out.metric}/{name}": Measured(**figure._asdict()) for name, figure in found.items()}

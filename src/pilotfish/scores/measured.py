@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class Measurement:
     def _of_head(self, part: str, marks: _Marks) -> dict[str, Estimate]:
         """With the differences to its rivals on the texts that both scored."""
         head = self.scored["head"][part]
-        options = {"num_resamples": self.num_resamples}
+        options: dict[str, Any] = {"num_resamples": self.num_resamples}
         found = evaluate(head, threshold=self.threshold, generator=self._draws(), **options)
         found |= self._mean_f1(marks, "head")
         for name, parts in self.scored.items():
@@ -88,12 +88,7 @@ class Measurement:
         found: dict[str, Estimate] = {}
         for name, parts in self.scored.items():
             if name != "head" and part in parts:
-                figures = evaluate(  # what the texts do not define was said of the head
-                    parts[part],
-                    generator=self._draws(),
-                    num_resamples=self.num_resamples,
-                    log_level=logging.INFO,
-                )
+                figures = evaluate(parts[part], generator=self._draws(), num_resamples=self.num_resamples)
                 figures |= self._mean_f1(marks, name)
                 found |= {f"{figure}/{name}": estimate for figure, estimate in figures.items()}
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pilotfish.core import Conversation
-from pilotfish.heads import BankScores, Example
+from pilotfish.heads import BankScores, DataCard, Example
 from pilotfish.models import LoadedModel
 from pilotfish.scores.scored import ScoredText
 from pilotfish.texts import TokenizedText, tokenize
@@ -65,9 +66,12 @@ def prepare(
     texts = [_text(row, tokenize(row, reader.tokenizer, max_tokens=max_tokens), metric) for row in rows]
     kept = [text for text in texts if bool(text.is_response.any()) and (keeps_unlabelled or text.is_labelled)]
     if len(kept) < len(texts):
-        logger.warning(
-            "%d of %d texts have no label within their first %d tokens", len(texts) - len(kept), len(texts), max_tokens
-        )
+        lack = "no answer" if keeps_unlabelled else "no label"
+        counts = len(texts) - len(kept), len(texts)
+        logger.warning("%d of %d texts have %s within their first %d tokens", *counts, lack, max_tokens)
+    num_cut = sum(text.tokens.num_truncated > 0 for text in kept)
+    if keeps_unlabelled and num_cut:
+        logger.warning("%d of %d texts go on after the %d tokens that count", num_cut, len(kept), max_tokens)
     return kept
 
 
@@ -110,6 +114,24 @@ def scored_by_head(text: Text, found: BankScores) -> ScoredText:
     """
     tokens, running = (part[:, 0] for part in found)
     return scored(text, float(running[text.is_response].max()), tokens, running)
+
+
+def data_cards(role: str, texts: Sequence[Text], metric: str) -> list[DataCard]:
+    """One a source."""
+    sizes: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for text in texts:
+        sizes[text.conversation.source, text.conversation.license].append(len(text.tokens.token_ids))
+    return [
+        DataCard(
+            source=source,
+            license=license,
+            num_rows=len(counts),
+            num_tokens=sum(counts),
+            role=role,
+            metric=metric,
+        )
+        for (source, license), counts in sizes.items()
+    ]
 
 
 def response_labels(texts: Sequence[Text]) -> Float[Tensor, " text"]:

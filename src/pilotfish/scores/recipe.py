@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from pilotfish.core import Conversation, Site
 from pilotfish.errors import SettingError, TextError
-from pilotfish.heads import Card, DataCard, FitConfig, Form, HeadBank, Measured, ThresholdCard
+from pilotfish.heads import Card, FitConfig, Form, HeadBank, Measured, ThresholdCard
 from pilotfish.models import LoadedModel, check_same_vocabulary, evenly_spaced_sites, load_model
 from pilotfish.runs import generator, run_card
 from pilotfish.scores.baselines import require_sklearn
@@ -24,7 +23,7 @@ from pilotfish.scores.fitted import SPLITS, FittedHead, Reading, fit_head
 from pilotfish.scores.limit import check_num_benign, limit
 from pilotfish.scores.measured import Figures, Measurement
 from pilotfish.scores.metrics import Estimate, has_both_labels
-from pilotfish.scores.prepared import Text, prepare, response_labels
+from pilotfish.scores.prepared import Text, data_cards, prepare, response_labels
 from pilotfish.scores.rivals import RivalConfig, Rivals, ScoredParts, Texts, rivals
 from pilotfish.scores.scored import ScoredText
 from pilotfish.texts import check_leak
@@ -159,7 +158,7 @@ class _Making(NamedTuple):
         metric, texts = self.metric, self.texts
         return Card(
             identity=head.bank.identity,
-            data=_data(texts, metric),
+            data=tuple(row for part in texts for row in data_cards(_role(part), texts[part], metric)),
             metrics=_named(metric, figures.metrics),
             baselines=_named(metric, figures.rivals),
             thresholds={metric: threshold},
@@ -253,23 +252,8 @@ def _better_than_words(metric: str, metrics: Mapping[str, Estimate]) -> dict[str
     return {} if found is None else {metric: found.low > 0}
 
 
-def _data(texts: Texts, metric: str) -> tuple[DataCard, ...]:
-    sizes: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    for name, rows in texts.items():
-        role = name if name in (*SPLITS, BENIGN) else f"elsewhere/{name}"
-        for text in rows:
-            sizes[role, text.conversation.source, text.conversation.license].append(len(text.tokens.token_ids))
-    return tuple(
-        DataCard(
-            source=source,
-            license=license,
-            num_rows=len(counts),
-            num_tokens=sum(counts),
-            role=role,
-            metric=metric,
-        )
-        for (role, source, license), counts in sizes.items()
-    )
+def _role(part: str) -> str:
+    return part if part in (*SPLITS, BENIGN) else f"elsewhere/{part}"
 
 
 def _caveats(metrics: Mapping[str, Estimate], rivals_made: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pilotfish.core import Site
-from pilotfish.errors import SettingError, TextError
+from pilotfish.errors import ArtefactError, SettingError, TextError
 from pilotfish.taps.record import INDEX_FILE, Recording, TokenRow, record
+
+logger = logging.getLogger(__name__)
 
 
 class Shelf:
@@ -70,10 +73,18 @@ def gather(
 
 
 def _known(library: Path, model: PreTrainedModel, sites: Sequence[Site], identity_hash: str) -> dict[str, Recording]:
-    folders = [path.parent for path in sorted(library.glob(f"*/*/{INDEX_FILE}"))]
-    serving = [folder for folder in folders if Recording.serves(folder, model, sites, identity_hash=identity_hash)]
-    finished = [Recording.open(folder, sites) for folder in serving if Recording.is_finished(folder)]
-    return {key: recording for recording in finished for key in recording.row_ids}
+    """Rows of finished recordings by their digest. One that is damaged is as good as none: its rows are read again."""
+    known: dict[str, Recording] = {}
+    for folder in (path.parent for path in sorted(library.glob(f"*/*/{INDEX_FILE}"))):
+        try:
+            if not Recording.serves(folder, model, sites, identity_hash=identity_hash):
+                continue
+            if Recording.is_finished(folder):
+                recording = Recording.open(folder, sites)
+                known |= dict.fromkeys(recording.row_ids, recording)
+        except ArtefactError as error:
+            logger.warning("left aside: %s", error)
+    return known
 
 
 def _digest(text: str) -> str:

@@ -98,9 +98,8 @@ class Recording:
     def serves(cls, folder: Path, model: PreTrainedModel, sites: Sequence[Site], *, identity_hash: str) -> bool:
         """Whether what is recorded, finished or not, is of this model in this dtype, these sites among others."""
         there = _read_index(folder)["settings"]
-        return {"model": identity_hash, "dtype": _dtype(model)}.items() <= there.items() and {
-            str(site) for site in sites
-        } <= set(there["sites"])
+        is_of_model = (there["model"], there["dtype"]) == (identity_hash, _dtype(model))
+        return is_of_model and {str(site) for site in sites} <= set(there["sites"])
 
     @classmethod
     def _described(cls, folder: Path) -> Recording:
@@ -326,6 +325,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise ArtefactError(f"{folder} holds no recording: {INDEX_FILE} is missing; record into it first") from error
     except ValueError as error:
         raise ArtefactError(f"{path} is damaged: {error}; delete the folder and record again") from error
+    if not isinstance(index, dict) or not {"settings", "rows"} <= index.keys():
+        raise ArtefactError(f"{path} is not the index of a recording; give another folder")
     return index
 
 

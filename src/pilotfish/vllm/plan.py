@@ -9,14 +9,13 @@ from typing import Any
 from pilotfish.actions import Policy, policy_from_dict, policy_to_dict, read_policy
 from pilotfish.core import Reader
 from pilotfish.errors import SettingError
-from pilotfish.heads import HeadBank, joined, load_bank, shipped_banks
+from pilotfish.heads import HeadBank, joined, shipped_folders
 from pilotfish.models import identify_folder, resolve
 from pilotfish.vllm.settings import VllmSettings
 from pilotfish.vllm.track import Charge
 
 KEY = "pilotfish"
 """In vLLM's `additional_config`, which goes to every worker and into the hash of what it compiles."""
-SHIPPED = Path(__file__).parents[1] / "heads" / "shipped"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +34,7 @@ class Plan:
         return self.reader == "target"
 
     def bank(self) -> HeadBank:
-        return joined([load_bank(Path(folder)) for folder in self.banks])
+        return joined([HeadBank.load(Path(folder)) for folder in self.banks])
 
     def charge(self, bank: HeadBank) -> Charge:
         """Raises `SettingError` when the policy cannot be carried out."""
@@ -80,24 +79,16 @@ def make_plan(settings: VllmSettings, config: Any) -> Plan:
     _refuse(config, reader)
     name = spec.draft_model_config.model if reader == "draft" else config.model_config.model
     identity = identify_folder(resolve(name), name)
-    banks = [load_bank(Path(folder)) for folder in settings.banks]
-    for bank in banks:
-        bank.check(identity)
-    folders = settings.banks
-    if not folders:
-        metrics = {bank.metrics for bank in shipped_banks(identity)}
-        folders = tuple(str(path) for path in sorted(SHIPPED.iterdir()) if _metrics_of(path) in metrics)
+    for folder in settings.banks:
+        HeadBank.load(Path(folder)).check(identity)
+    folders = settings.banks or tuple(map(str, shipped_folders(identity)))
     if not folders:
         raise SettingError(f"no bank ships for {name}; name banks in the settings, or fit one with `pilotfish fit`")
     policy = Policy() if settings.policy is None else read_policy(Path(settings.policy))
     shift = int(reader == "draft" and spec.use_eagle())
-    plan = Plan(banks=tuple(folders), policy=policy_to_dict(policy), reader=reader, shift=shift)
+    plan = Plan(banks=folders, policy=policy_to_dict(policy), reader=reader, shift=shift)
     plan.charge(plan.bank())
     return plan
-
-
-def _metrics_of(folder: Path) -> tuple[str, ...]:
-    return load_bank(folder).metrics
 
 
 def _refuse(config: Any, reader: Reader) -> None:

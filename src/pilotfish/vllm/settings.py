@@ -79,7 +79,15 @@ def _check_kind(path: Path, name: str, value: Any) -> None:
         raise SettingError(f"{path}: reader {value!r} is unknown; use one of {', '.join(get_args(Whose))}")
 
 
+def _bank(folder: Path, item: str) -> Path:
+    """Beside the settings, or by its name one that ships."""
+    from pilotfish.heads import bank_folder  # heavy, and wanted in one process alone
+
+    beside = folder / item
+    return (beside if beside.exists() else bank_folder(Path(item))).resolve()
+
+
 def _resolved(folder: Path, name: str, value: Any) -> Any:
     if name == "banks":
-        return tuple(str((folder / item).resolve()) for item in value)
+        return tuple(str(_bank(folder, item)) for item in value)
     return str((folder / value).resolve()) if name in {"policy", "alerts_file"} else value
