@@ -36,6 +36,7 @@ FRACTIONS = {"train": 0.6, "validation": 0.15, "test": 0.25}
 NUM_BENIGN = 1000
 NUM_TEXTS = 300
 """Of the benign requests: those with a text to work on."""
+NUM_ORDINARY_CODE = 1400
 BUDGET = 0.01
 UNSEEN_ATTACKS = 8
 """Classes of attacks, of 25, that training never sees."""
@@ -82,8 +83,15 @@ def insecure_code(data: Path, seed: int) -> Task:
     pool = apart_from(test, [*read_sven(data / "sven", "train"), *insecure])
     splits = {**split(pool, {"train": 0.85, "validation": 0.15}, seed=seed), "test": test}
     others = drawn(apart_from([*pool, *test], published), 200, "other cyberseceval")
-    ordinary = [*benign(data)[: NUM_BENIGN // 2], *drawn(ordinary_code(), NUM_BENIGN // 2, "ordinary code")]
-    return Task(metric="insecure_code", splits=splits, benign=ordinary, elsewhere={"cyberseceval": others})
+    code = drawn(ordinary_code(), NUM_ORDINARY_CODE, "ordinary code")
+    half = NUM_BENIGN // 2
+    return Task(
+        metric="insecure_code",
+        splits=splits,
+        benign=[*benign(data)[:half], *code[:half]],
+        more_benign=[*drawn(more_benign(data), len(code) - half, "more replies"), *code[half:]],
+        elsewhere={"cyberseceval": others},
+    )
 
 
 def toxicity(data: Path, seed: int) -> Task:
