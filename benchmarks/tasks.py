@@ -145,10 +145,12 @@ def prompt_injection(data: Path, seed: int) -> Task:
     seen = set(classes) - unseen
     splits = {name: _one_attack_a_text(part, unseen if name == "test" else seen) for name, part in parts.items()}
     used = [row for part in parts.values() for row in part]
+    ordinary, more = benign_requests(data, used)
     return Task(
         metric="prompt_injection",
         splits=splits,
-        benign=benign_requests(data, used),
+        benign=ordinary,
+        more_benign=more,
         elsewhere={"seen_attacks": _one_attack_a_text(parts["test"], seen)},
     )
 
@@ -241,12 +243,18 @@ def relabelled(rows: Sequence[Conversation], metric: str, label: Callable[[Conve
     return [replace(row, spans=(), labels={metric: label(row)}) for row in rows]
 
 
-def benign_requests(data: Path, but: Sequence[Conversation]) -> list[Conversation]:
-    """What users ask, some of it with a text to work on; none of the texts of `but`."""
-    asked = [replace(row, messages=row.messages[:1]) for row in benign(data)]
+def benign_requests(data: Path, but: Sequence[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
+    """What users ask, three in ten with a text to work on, none of the texts of `but`; and more in the same mixture."""
     clean = [row for row in read_bipia(data / "bipia", seed=DRAWS) if injection_class(row) is None]
-    texts = drawn(apart_from(but, clean), NUM_TEXTS, "benign texts")
-    return [_without_attack(row) for row in [*asked[: NUM_BENIGN - NUM_TEXTS], *texts]]
+    texts = [_without_attack(row) for row in drawn(apart_from(but, clean), len(clean), "benign texts")]
+    asked, more_asked = (
+        [_without_attack(replace(row, messages=row.messages[:1])) for row in rows]
+        for rows in (benign(data), more_benign(data))
+    )
+    num_bare = NUM_BENIGN - NUM_TEXTS
+    more_texts = texts[NUM_TEXTS:]
+    num_more = len(more_texts) * num_bare // NUM_TEXTS
+    return [*asked[:num_bare], *texts[:NUM_TEXTS]], [*more_asked[:num_more], *more_texts]
 
 
 def _without_attack(row: Conversation) -> Conversation:
