@@ -98,7 +98,7 @@ class Recording:
     def serves(cls, folder: Path, model: PreTrainedModel, sites: Sequence[Site], *, identity_hash: str) -> bool:
         """Whether what is recorded, finished or not, is of this model in this dtype, these sites among others."""
         there = _read_index(folder)["settings"]
-        is_of_model = (there["model"], there["dtype"]) == (identity_hash, _dtype(model))
+        is_of_model = (there.get("model"), there.get("dtype")) == (identity_hash, _dtype(model))
         return is_of_model and {str(site) for site in sites} <= set(there["sites"])
 
     @classmethod
