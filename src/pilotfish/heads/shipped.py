@@ -35,7 +35,10 @@ def bank_folder(named: Path) -> Path:
     if named.exists() or shipped.exists():
         return named if named.exists() else shipped
     names = ", ".join(path.name for path in _folders(SHIPPED))
-    raise ArtefactError(f"there is no folder {named}, and no bank of that name ships; those that ship are {names}")
+    raise ArtefactError(
+        f"there is no folder {named}, and no bank of that name ships; a bank is heads.safetensors with card.json, and "
+        f"those that ship are {names}"
+    )
 
 
 def load_bank(named: Path) -> HeadBank:

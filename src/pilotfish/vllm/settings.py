@@ -81,10 +81,10 @@ def _check_kind(path: Path, name: str, value: Any) -> None:
 
 def _bank(folder: Path, item: str) -> Path:
     """Beside the settings, or by its name one that ships."""
-    from pilotfish.heads import bank_folder  # heavy, and wanted in one process alone
+    from pilotfish.heads.shipped import SHIPPED  # heavy, and wanted in one process alone
 
-    beside = folder / item
-    return (beside if beside.exists() else bank_folder(Path(item))).resolve()
+    beside, shipped = folder / item, SHIPPED / item
+    return shipped if shipped.exists() and not beside.exists() else beside.resolve()
 
 
 def _resolved(folder: Path, name: str, value: Any) -> Any:
