@@ -5,8 +5,8 @@
 Builds a bank for each, writes it and its scored.json below `--out` (for `pilotfish report`), and prints the table, then
 every figure that was asked for, averaged over seeds. Recordings are kept below `--work`, so that a second run, or
 another seed on the same texts, reads no text again. On two cores the 0.5B reader reads about 400 tokens a second: about
-an hour for all six metrics. `--elsewhere` also judges texts from elsewhere, and the rival `target` makes the same head
-on the reader's target: both read more.
+two hours for all six metrics; another seed of what was read takes three minutes a metric. `--elsewhere` also judges
+texts from elsewhere, and the rival `target` makes the same head on the reader's target: both read more.
 """
 
 from __future__ import annotations
