@@ -20,12 +20,12 @@ from tasks import BUDGET, more_benign
 from torch import Tensor
 
 from pilotfish.cli.terminal import quieten_transformers, table
-from pilotfish.core import Conversation
 from pilotfish.heads import HeadBank
-from pilotfish.models import LoadedModel, load_model
+from pilotfish.models import load_model
 from pilotfish.runs import generator, run_card, write_json
 from pilotfish.scores import read_scored, threshold_at_budget
 from pilotfish.scores.fitted import Reading
+from pilotfish.scores.limit import response_scores
 from pilotfish.scores.prepared import prepare
 from pilotfish.scores.scored import SCORED_FILE
 
@@ -52,23 +52,14 @@ def main() -> None:
         parser.error(f"there are {len(pool)} benign responses; give --sizes below that, so that some are left")
     rows = []
     for folder, bank in banks.items():
-        scores = response_scores(pool, reader, bank, args.work)
+        (metric,) = bank.metrics
+        texts = prepare(pool, reader, metric, MAX_TOKENS, keeps_unlabelled=True)
+        scores = response_scores(bank, texts, Reading(reader, bank.sites, args.work))[:, 0]
         rows += [at_size(folder, scores, size, args.budget, args.seed) for size in args.sizes]
     show(rows)
     if args.json is not None:
         settings = {key: str(value) for key, value in vars(args).items()}
         write_json(args.json, {"rows": rows, "card": run_card("benchmarks/benign.py", settings, args.seed)})
-
-
-def response_scores(
-    rows: Sequence[Conversation], reader: LoadedModel, bank: HeadBank, work: Path
-) -> Float[Tensor, " response"]:
-    """What the one head of a bank says of each response."""
-    (metric,) = bank.metrics
-    texts = prepare(rows, reader, metric, MAX_TOKENS, keeps_unlabelled=True)
-    shelf = Reading(reader, bank.sites, work).of(texts)
-    runs = [bank.score_text(shelf.features(text.tokens.id), boundary=text.boundary).running for text in texts]
-    return torch.stack([run[text.is_response].max() for text, run in zip(texts, runs, strict=True)])
 
 
 def at_size(folder: Path, scores: Float[Tensor, " response"], size: int, budget: float, seed: int) -> dict[str, Any]:

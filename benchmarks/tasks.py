@@ -69,6 +69,20 @@ def _taught(make: Callable[[Path, int], Task], data: Path, seed: int) -> Task:
     return replace(task, splits=found.splits, benign=[*found.benign, *task.more_benign])
 
 
+def _of_replies(
+    metric: str, data: Path, splits: dict[str, list[Conversation]], elsewhere: dict[str, list[Conversation]]
+) -> Task:
+    """A task whose ordinary texts are an assistant's replies."""
+    return Task(
+        metric=metric,
+        splits=splits,
+        benign=benign(data),
+        more_benign=more_benign(data),
+        elsewhere=elsewhere,
+        max_tokens=256,
+    )
+
+
 def insecure_code(data: Path, seed: int) -> Task:
     """SVEN's validation half is the test; training texts that share a repository or a text with it are left out.
 
@@ -104,14 +118,7 @@ def toxicity(data: Path, seed: int) -> Task:
     splits = {**split(pool, {"train": 0.85, "validation": 0.15}, seed=seed), "test": test}
     refusals = [row for row in read_xstest(data / "xstest") if row.labels["refusal"] == 1.0]
     elsewhere = {"polite_refusals": relabelled(drawn(refusals, 200, "polite refusals"), "toxicity", lambda row: 0.0)}
-    return Task(
-        metric="toxicity",
-        splits=splits,
-        benign=benign(data),
-        more_benign=more_benign(data),
-        elsewhere=elsewhere,
-        max_tokens=256,
-    )
+    return _of_replies("toxicity", data, splits, elsewhere)
 
 
 def refusal(data: Path, seed: int) -> Task:
@@ -121,14 +128,7 @@ def refusal(data: Path, seed: int) -> Task:
     """
     splits = split(read_xstest(data / "xstest"), FRACTIONS, seed=seed)
     elsewhere = {"short_answers": relabelled(short_answers(data), "refusal", lambda row: 0.0)}
-    return Task(
-        metric="refusal",
-        splits=splits,
-        benign=benign(data),
-        more_benign=more_benign(data),
-        elsewhere=elsewhere,
-        max_tokens=256,
-    )
+    return _of_replies("refusal", data, splits, elsewhere)
 
 
 def prompt_injection(data: Path, seed: int) -> Task:
@@ -170,14 +170,7 @@ def hallucination(data: Path, seed: int) -> Task:
     """Replies of one model, as many without as with. Elsewhere: lies and truths of other models."""
     splits = split(replies(data), FRACTIONS, seed=seed)
     lies = relabelled(short_answers(data), "hallucination", lambda row: row.labels["untruthful_answer"])
-    return Task(
-        metric="hallucination",
-        splits=splits,
-        benign=benign(data),
-        more_benign=more_benign(data),
-        elsewhere={"lies": lies},
-        max_tokens=256,
-    )
+    return _of_replies("hallucination", data, splits, {"lies": lies})
 
 
 def replies(data: Path) -> list[Conversation]:
@@ -207,14 +200,7 @@ def untruthful_answer(data: Path, seed: int) -> Task:
             replies(data), "untruthful_answer", lambda row: float(row.labels.get("hallucination") != 0.0)
         ),
     }
-    return Task(
-        metric="untruthful_answer",
-        splits=splits,
-        benign=benign(data),
-        more_benign=more_benign(data),
-        elsewhere=elsewhere,
-        max_tokens=256,
-    )
+    return _of_replies("untruthful_answer", data, splits, elsewhere)
 
 
 def short_answers(data: Path) -> list[Conversation]:

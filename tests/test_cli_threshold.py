@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import seeded_bank
+from torch import Tensor
 
 from pilotfish.cli import main
 from pilotfish.core import Conversation, Message
@@ -29,6 +30,7 @@ from pilotfish.texts import write_jsonl
 
 PAIR = tiny_pair(seed=0)
 OLD = ThresholdCard(threshold=0.999, budget=0.2, num_benign=9, num_flagged=0, fpr_upper=0.3, benign_source="made up")
+NO_TOKENS = torch.zeros(0)
 FIGURE = Measured(value=0.5, low=0.4, high=0.6, n=9)
 
 
@@ -36,6 +38,20 @@ def rows(count: int, *, answered: bool = True) -> list[Conversation]:
     answer = [Message("assistant", "fine")] if answered else []
     texts = [(Message("user", f"go {i} and {i * 7}"), *answer) for i in range(count)]
     return [Conversation(f"r{i}", f"g{i}", messages, source="ours") for i, messages in enumerate(texts)]
+
+
+def scored(
+    index: int, score: float, token_labels: Tensor = NO_TOKENS, token_scores: Tensor | None = None
+) -> ScoredText:
+    return ScoredText(
+        id=f"t{index}",
+        group=f"g{index}",
+        prompt="",
+        label=float(index % 2),
+        score=score,
+        token_labels=token_labels,
+        token_scores=token_scores,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +112,7 @@ def test_prompts_set_the_threshold_of_a_head_that_judges_prompts_and_of_no_other
     with pytest.raises(SettingError, match=r"'wide' is for answers, and .* are prompts: give each its answer"):
         made(bank, rows(60, answered=False))
     with pytest.raises(SettingError, match="60 of 61 benign texts have an answer, the others none"):
-        made(bank, [*rows(60), replace(rows(61, answered=False)[-1])])
+        made(bank, [*rows(60), rows(61, answered=False)[-1]])
 
 
 def test_a_text_that_is_labelled_positive_is_not_benign(bank, reader, tmp_path):
@@ -112,15 +128,7 @@ def test_what_is_cut_off_is_said(bank, reader, tmp_path, caplog):
 
 def test_the_figures_of_a_threshold_are_all_known_by_name():
     texts = [
-        ScoredText(
-            id=f"t{i}",
-            group=f"g{i}",
-            prompt="",
-            label=float(i % 2),
-            score=i / 20,
-            token_labels=torch.tensor([0.0, i % 2]),
-            token_scores=torch.tensor([0.1, i / 20]),
-        )
+        scored(i, i / 20, token_labels=torch.tensor([0.0, i % 2]), token_scores=torch.tensor([0.1, i / 20]))
         for i in range(20)
     ]
     with_threshold, without = (
@@ -135,18 +143,7 @@ def test_the_verb_writes_a_bank_and_measures_again_what_hangs_on_the_threshold(b
     PAIR.draft.save_pretrained(reader)
     PAIR.tokenizer.save_pretrained(reader)
     write_jsonl(benign, rows(60))
-    texts = [
-        ScoredText(
-            id=f"t{i}",
-            group=f"g{i}",
-            prompt="",
-            label=float(i % 2),
-            score=i / 40,
-            token_labels=torch.zeros(0),
-            token_scores=None,
-        )
-        for i in range(40)
-    ]
+    texts = [scored(i, i / 40) for i in range(40)]
     write_scored(old / "scored.json", "wide", {"head": texts, "words": texts})
     new.mkdir()
     write_scored(new / "scored.json", "narrow", {})

@@ -17,12 +17,12 @@ def shipped_folders(identity: Identity, folder: Path = SHIPPED) -> list[Path]:
     Raises:
         ArtefactError: a shipped bank is damaged.
     """
-    return [path for path in _folders(folder) if _is_for(HeadBank.load(path), identity)]
+    return list(_shipped(identity, folder))
 
 
 def shipped_banks(identity: Identity, folder: Path = SHIPPED) -> list[HeadBank]:
     """The banks of `shipped_folders`."""
-    return [HeadBank.load(path) for path in shipped_folders(identity, folder)]
+    return list(_shipped(identity, folder).values())
 
 
 def bank_folder(named: Path) -> Path:
@@ -54,9 +54,13 @@ def _folders(folder: Path) -> list[Path]:
     return [card.parent for card in sorted(folder.glob(f"*/{CARD_FILE}"))]
 
 
-def _is_for(bank: HeadBank, identity: Identity) -> bool:
-    try:
-        bank.check(identity)
-    except BankMismatch:
-        return False
-    return True
+def _shipped(identity: Identity, folder: Path) -> dict[Path, HeadBank]:
+    banks = {}
+    for path in _folders(folder):
+        bank = HeadBank.load(path)
+        try:
+            bank.check(identity)
+        except BankMismatch:
+            continue
+        banks[path] = bank
+    return banks

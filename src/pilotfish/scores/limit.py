@@ -82,9 +82,7 @@ def with_limits(
     rows = [text.conversation for text in texts]
     check_num_benign(rows, budget)
     _check_benign(bank, rows)
-    shelf = reading.of(texts)
-    runs = (bank.score_text(shelf.features(text.tokens.id), boundary=text.boundary).running for text in texts)
-    scores = torch.stack([run[text.is_response].amax(0) for text, run in zip(texts, runs, strict=True)])
+    scores = response_scores(bank, texts, reading)
     limits = {metric: limit(texts, scores[:, i], budget) for i, metric in enumerate(bank.metrics)}
     kept = {name: found for name, found in bank.card.metrics.items() if not _hangs_on_threshold(name)}
     if held_out is not None:
@@ -95,6 +93,13 @@ def with_limits(
     run = {**bank.card.run, "threshold": run_card("threshold", settings, seed)}
     card = replace(bank.card, thresholds=limits, metrics=kept, data=tuple(made_with), run=run)
     return HeadBank(bank.heads, bank.identity, card=card)
+
+
+def response_scores(bank: HeadBank, texts: Sequence[Text], reading: Reading) -> Float[Tensor, "text metric"]:
+    """The highest that each response runs to, which is what flags it."""
+    shelf = reading.of(texts)
+    runs = (bank.score_text(shelf.features(text.tokens.id), boundary=text.boundary).running for text in texts)
+    return torch.stack([run[text.is_response].amax(0) for text, run in zip(texts, runs, strict=True)])
 
 
 def _check_benign(bank: HeadBank, rows: Sequence[Conversation]) -> None:

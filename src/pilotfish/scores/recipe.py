@@ -89,7 +89,7 @@ def build_bank(
         SettingError: too few benign responses for the budget, splits missing, or no scikit-learn for the baselines.
         TextError: a split lacks positive or negative labels; a text that cannot be tokenised.
         LeakError: a document that the head is made with, or its threshold, also stands where it is measured.
-        ArtefactError: a recording in the work folder is damaged.
+        ArtefactError: the work folder is in use or cannot be written.
         PairMismatch, WeightsError: the rival on a bigger model cannot be made.
     """
     _check_given(splits, benign, config)

@@ -77,13 +77,12 @@ def _known(library: Path, model: PreTrainedModel, sites: Sequence[Site], identit
     known: dict[str, Recording] = {}
     for folder in (path.parent for path in sorted(library.glob(f"*/*/{INDEX_FILE}"))):
         try:
-            if not Recording.serves(folder, model, sites, identity_hash=identity_hash):
-                continue
-            if Recording.is_finished(folder):
-                recording = Recording.open(folder, sites)
-                known |= dict.fromkeys(recording.row_ids, recording)
+            recording = Recording.find(folder, model, sites, identity_hash=identity_hash)
         except ArtefactError as error:
             logger.warning("left aside: %s", error)
+            continue
+        if recording is not None:
+            known |= dict.fromkeys(recording.row_ids, recording)
     return known
 
 

@@ -90,16 +90,15 @@ class Recording:
         return recording
 
     @classmethod
-    def is_finished(cls, folder: Path) -> bool:
-        """Whether every shard of a recording was written; `open` says whether they are whole."""
-        return not cls._described(folder)._num_missing()
-
-    @classmethod
-    def serves(cls, folder: Path, model: PreTrainedModel, sites: Sequence[Site], *, identity_hash: str) -> bool:
-        """Whether what is recorded, finished or not, is of this model in this dtype, these sites among others."""
+    def find(
+        cls, folder: Path, model: PreTrainedModel, sites: Sequence[Site], *, identity_hash: str
+    ) -> Recording | None:
+        """As `open`; None where the recording is unfinished, of another model or dtype, or lacks one of the sites."""
         there = _read_index(folder)["settings"]
         is_of_model = (there.get("model"), there.get("dtype")) == (identity_hash, _dtype(model))
-        return is_of_model and {str(site) for site in sites} <= set(there["sites"])
+        if not is_of_model or not {str(site) for site in sites} <= set(there["sites"]):
+            return None
+        return None if cls._described(folder)._num_missing() else cls.open(folder, sites)
 
     @classmethod
     def _described(cls, folder: Path) -> Recording:
