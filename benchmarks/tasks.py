@@ -238,7 +238,7 @@ def benign_requests(data: Path, but: Sequence[Conversation]) -> tuple[list[Conve
         for rows in (benign(data), more_benign(data))
     )
     num_bare = NUM_BENIGN - NUM_TEXTS
-    more_texts = texts[NUM_TEXTS:]
+    more_texts = apart_from(texts[:NUM_TEXTS], texts[NUM_TEXTS:])
     num_more = len(more_texts) * num_bare // NUM_TEXTS
     return [*asked[:num_bare], *texts[:NUM_TEXTS]], [*more_asked[:num_more], *more_texts]
 
