@@ -89,6 +89,17 @@ def test_each_head_flags_as_many_as_its_exact_bound_allows(bank, reader, tmp_pat
         assert clopper_pearson_upper(num_flagged + 1, 60) > 0.1, "one more would be too many"
 
 
+def test_each_source_has_its_own_count_and_a_document_of_two_rows_is_one(bank, reader, tmp_path):
+    benign = [replace(row, source="code" if i % 3 else "chat") for i, row in enumerate(rows(60))]
+    benign += [replace(row, id=f"{row.id}-again") for row in benign[:9]]
+    made = with_limits(bank, benign, Reading(reader, bank.sites, tmp_path), budget=0.1, max_tokens=64)
+    for found in made.card.thresholds.values():
+        assert {name: of.num_benign for name, of in found.by_source.items()} == {"chat": 20, "code": 40}
+        assert sum(of.num_flagged for of in found.by_source.values()) == found.num_flagged > 0
+        for of in found.by_source.values():
+            assert of.fpr_upper == clopper_pearson_upper(of.num_flagged, of.num_benign)
+
+
 def test_figures_of_the_old_threshold_go_and_the_others_stay(bank, reader, tmp_path):
     made = with_limits(bank, rows(60), Reading(reader, bank.sites, tmp_path), budget=0.1, max_tokens=64)
     assert made.card.metrics == {"wide/auroc_response": FIGURE}

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pilotfish.errors import ArtefactError
-from pilotfish.heads import CalibrationCard, Card, DataCard, HeadCard, Measured, ThresholdCard
+from pilotfish.heads import CalibrationCard, Card, DataCard, HeadCard, Measured, SourceCard, ThresholdCard
 from pilotfish.models import Identity
 
 CARD = Card(
@@ -25,7 +25,13 @@ CARD = Card(
     baselines={"a/auroc_token/words": Measured(value=0.8, low=0.7, high=0.9, n=12)},
     thresholds={
         "a": ThresholdCard(
-            threshold=0.5, budget=0.01, num_benign=600, num_flagged=1, fpr_upper=0.008, benign_source="HaluEval"
+            threshold=0.5,
+            budget=0.01,
+            num_benign=600,
+            num_flagged=1,
+            fpr_upper=0.008,
+            benign_source="HaluEval",
+            by_source={"HaluEval": SourceCard(num_benign=600, num_flagged=1, fpr_upper=0.008)},
         )
     },
     calibration={
@@ -59,6 +65,7 @@ PLACES = [
     ("metrics", "a/auroc_token"),
     ("baselines", "a/auroc_token/words"),
     ("thresholds", "a"),
+    ("thresholds", "a", "by_source", "HaluEval"),
     ("calibration", "a/token"),
     ("heads", "b"),
 ]
@@ -76,16 +83,18 @@ def test_an_unknown_key_is_refused_by_name_wherever_it_stands(place, tmp_path):
 def test_a_missing_key_is_refused_by_name_wherever_it_stood(place, tmp_path):
     raw = written(tmp_path)
     at = inner(raw, place)
-    gone = next(key for key in reversed(at) if key != "median_tokens")
+    gone = next(key for key in reversed(at) if key not in ("median_tokens", "by_source"))
     del at[gone]
     with pytest.raises(ArtefactError, match=f"unknown or missing keys for .*: {gone}"):
         Card.load(rewritten(tmp_path, raw))
 
 
-def test_a_card_from_before_lengths_were_kept_still_loads(tmp_path):
+def test_a_card_from_before_lengths_and_sources_were_kept_still_loads(tmp_path):
     raw = written(tmp_path)
-    del inner(raw, ("thresholds", "a"))["median_tokens"]
-    assert Card.load(rewritten(tmp_path, raw)).thresholds["a"].median_tokens is None
+    for key in ("median_tokens", "by_source"):
+        del inner(raw, ("thresholds", "a"))[key]
+    found = Card.load(rewritten(tmp_path, raw)).thresholds["a"]
+    assert (found.median_tokens, found.by_source) == (None, {})
 
 
 @pytest.mark.parametrize("value", [["x"], "text", 3, None], ids=str)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from pilotfish.cli import main
 from pilotfish.errors import ArtefactError, SettingError
-from pilotfish.heads import Card, DataCard, HeadCard, Measured, ThresholdCard
+from pilotfish.heads import Card, DataCard, HeadCard, Measured, SourceCard, ThresholdCard
 from pilotfish.models import Identity
 from pilotfish.reports import Section, heads_markdown, render_heads_page
 from pilotfish.reports.curves import curves_of
@@ -166,6 +166,16 @@ def test_promise_and_verdict_say_what_the_card_says(tmp_path: Path) -> None:
     prompts = {M: replace(card().thresholds[M], scope="prompt")}
     (asked,) = read_sections(bank(tmp_path / "asked", replace(card(), thresholds=prompts)))
     assert asked.promise.startswith("A prompt is flagged when its score reaches 0.500. Of 1,000 benign prompts")
+    by_source = {
+        name: SourceCard(num_benign=300, num_flagged=flagged, fpr_upper=bound)
+        for name, flagged, bound in (("chats", 0, 0.0099), ("code", 1, 0.0157))
+    }
+    mixed = {M: replace(card().thresholds[M], benign_source="chats, code", by_source=by_source)}
+    (apart,) = read_sections(bank(tmp_path / "apart", replace(card(), thresholds=mixed)))
+    assert apart.promise.endswith(
+        "The bound is for all of them together; flagged were 0 of 300 of chats (bound 9.9), 1 of 300 of code (bound "
+        "15.7)."
+    )
     (silent,) = read_sections(bank(tmp_path / "silent", replace(plain, better_than_words={})))
     assert silent.verdict == "Not compared with words."
 

@@ -13,13 +13,21 @@ from server_kit import pausing, running, serving, until
 from upstream_kit import scripted, told
 
 from pilotfish.engines import EmbeddedEngine
-from pilotfish.heads import HeadBank
-from pilotfish.heads.card import ThresholdCard
+from pilotfish.heads import HeadBank, SourceCard, ThresholdCard
 from pilotfish.models import LoadedModel
 from pilotfish.server import ProxyBackend, ServerSettings, Upstream
 
 CARD = ThresholdCard(
-    threshold=0.5, budget=0.01, num_benign=500, num_flagged=1, fpr_upper=0.00945, benign_source="plain talk"
+    threshold=0.5,
+    budget=0.01,
+    num_benign=500,
+    num_flagged=1,
+    fpr_upper=0.00945,
+    benign_source="code, plain talk",
+    by_source={
+        "code": SourceCard(num_benign=200, num_flagged=1, fpr_upper=0.0235),
+        "plain talk": SourceCard(num_benign=300, num_flagged=0, fpr_upper=0.0099),
+    },
 )
 
 
@@ -149,7 +157,10 @@ def test_the_slider_says_at_once_what_would_be_flagged_and_what_that_costs(visit
     page = visit().open("#exchange=x-many")
     page.wait_for_selector("#budget:has-text('exchanges here')")
     for limit, promise in (
-        (0.75, "False positives: at most 0.95 % of benign answers (95 % bound; 1 of 500 in plain talk)."),
+        (
+            0.75,
+            "False positives: at most 0.95 % of benign answers (95 % bound; 1 of 200 in code, 0 of 300 in plain talk).",
+        ),
         (0.25, "the card promises nothing below 0.50"),
     ):
         page.fill("#threshold", f"{limit}")

@@ -1,7 +1,7 @@
 """Recorded activations and labels in; heads, banks and their cards out."""
 
 from pilotfish.heads.bank import BankScores, HeadBank, joined
-from pilotfish.heads.card import CalibrationCard, Card, DataCard, HeadCard, Measured, ThresholdCard
+from pilotfish.heads.card import CalibrationCard, Card, DataCard, HeadCard, Measured, SourceCard, ThresholdCard
 from pilotfish.heads.examples import Example, Source
 from pilotfish.heads.fit import FitConfig, FitResult, fit
 from pilotfish.heads.form import Form
@@ -22,6 +22,7 @@ __all__ = [
     "HeadCard",
     "Measured",
     "Source",
+    "SourceCard",
     "ThresholdCard",
     "Which",
     "bank_folder",

@@ -37,6 +37,16 @@ class HeadCard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SourceCard:
+    """What a threshold flags of the benign documents of one source."""
+
+    num_benign: int
+    num_flagged: int
+    fpr_upper: float
+    """As the threshold's, of this source alone; may be over the budget, which is for all together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ThresholdCard:
     """Where a metric counts as found, and what that promises."""
 
@@ -54,6 +64,8 @@ class ThresholdCard:
     """The side of an exchange that the benign texts were: judge that one."""
     median_tokens: int | None = None
     """Of that side; None on older cards. A longer text has more chances to be flagged."""
+    by_source: Mapping[str, SourceCard] = field(default_factory=dict)
+    """Empty on older cards. Traffic that is all like one source is promised that source's bound and no other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +143,7 @@ class Card:
         raw["identity"] = Identity(**_checked(Identity, raw["identity"], path))
         raw["data"] = tuple(DataCard(**_checked(DataCard, row, path)) for row in raw["data"])
         for name, kind in _TABLES.items():
-            raw[name] = {key: kind(**_checked(kind, value, path)) for key, value in raw[name].items()}
+            raw[name] = {key: _entry(kind, value, path) for key, value in raw[name].items()}
         return cls(**raw)
 
     def subset(self, metrics: Sequence[str]) -> Card:
@@ -169,8 +181,15 @@ _TABLES: dict[str, type[Any]] = {
 """Fields that map to dataclasses."""
 
 
-_LATER = {"median_tokens"}
+_LATER = {"median_tokens", "by_source"}
 """Keys that older cards lack."""
+
+
+def _entry(kind: type[Any], raw: Any, path: Path) -> Any:
+    known = _checked(kind, raw, path)
+    if "by_source" in known:
+        known["by_source"] = {name: _entry(SourceCard, found, path) for name, found in known["by_source"].items()}
+    return kind(**known)
 
 
 def _checked(kind: type[Any], raw: Any, path: Path) -> dict[str, Any]:

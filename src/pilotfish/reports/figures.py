@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
-from pilotfish.heads import Card, Measured
+from pilotfish.heads import Card, Measured, ThresholdCard
 from pilotfish.reports.heads import Cell, Figure
 
 SCORERS = {
@@ -92,8 +92,19 @@ def promise_of(card: Card, metric: str) -> str:
         f"A {what} is flagged when its score reaches {found.threshold:.3f}. Of 1,000 benign {what}s{length} like those "
         f"of {found.benign_source or 'the sample'} at most {1000 * found.fpr_upper:.1f} are flagged (95 % bound, from "
         f"{found.num_flagged:,} flagged of {found.num_benign:,}; the budget was {1000 * found.budget:g}). Longer ones "
-        "have more chances to be."
+        f"have more chances to be.{_sources_of(found)}"
     )
+
+
+def _sources_of(found: ThresholdCard) -> str:
+    """Each source's own bound, where there are several: the budget is for the mixture."""
+    if len(found.by_source) < 2:
+        return ""
+    parts = (
+        f"{of.num_flagged:,} of {of.num_benign:,} of {source} (bound {1000 * of.fpr_upper:.1f})"
+        for source, of in found.by_source.items()
+    )
+    return f" The bound is for all of them together; flagged were {', '.join(parts)}."
 
 
 def verdict_of(card: Card, metric: str) -> str:

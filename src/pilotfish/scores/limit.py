@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pilotfish.core import Conversation
 from pilotfish.errors import SettingError
-from pilotfish.heads import HeadBank, Measured, ThresholdCard
+from pilotfish.heads import HeadBank, Measured, SourceCard, ThresholdCard
 from pilotfish.runs import generator, run_card
 from pilotfish.scores import lexical
-from pilotfish.scores.calibration import num_benign_needed, threshold_at_budget
+from pilotfish.scores.calibration import clopper_pearson_upper, num_benign_needed, threshold_at_budget
 from pilotfish.scores.evaluation import AT_THRESHOLD, evaluate
 from pilotfish.scores.fitted import Reading
 from pilotfish.scores.prepared import Text, data_cards, prepare
@@ -43,14 +43,31 @@ def limit(benign: Sequence[Text], scores: Float[Tensor, " text"], budget: float)
         SettingError: as `threshold_at_budget`; or some are answered and others are not.
     """
     rows = [text.conversation for text in benign]
-    documents = joined_groups(rows)
-    found = threshold_at_budget(scores, budget, groups=[documents[row.group] for row in rows])
+    groups = joined_groups(rows)
+    documents = [groups[row.group] for row in rows]
+    found = threshold_at_budget(scores, budget, groups=documents)
+    by_source = _by_source(rows, documents, (scores >= found.threshold).tolist())
     return ThresholdCard(
         **found._asdict(),
-        benign_source=", ".join(sorted({row.source or "unnamed" for row in rows})),
+        benign_source=", ".join(by_source),
         scope=_scope(rows),
         median_tokens=int(torch.tensor([int(text.is_response.sum()) for text in benign]).median()),
+        by_source=by_source,
     )
+
+
+def _by_source(
+    rows: Sequence[Conversation], documents: Sequence[str], is_flagged: Sequence[bool]
+) -> dict[str, SourceCard]:
+    found: dict[str, dict[str, bool]] = {}
+    for row, document, flagged in zip(rows, documents, is_flagged, strict=True):
+        of = found.setdefault(row.source or "unnamed", {})
+        of[document] = of.get(document, False) or flagged
+    counts = {source: (len(found[source]), sum(found[source].values())) for source in sorted(found)}
+    return {
+        source: SourceCard(num_benign=total, num_flagged=flagged, fpr_upper=clopper_pearson_upper(flagged, total))
+        for source, (total, flagged) in counts.items()
+    }
 
 
 def with_limits(

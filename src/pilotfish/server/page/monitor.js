@@ -56,7 +56,10 @@ export class Monitor {
     const card = this.cards.get(metric);
     if (!card) return "The bank’s card promises nothing about false positives of this metric.";
     const side = card.scope === "prompt" ? "prompts" : "answers";
-    const promised = `at most ${share(card.fpr_upper)} of benign ${side} (95 % bound; ${card.num_flagged} of ${card.num_benign} in ${card.benign_source})`;
+    const known = Object.entries(card.by_source ?? {});
+    const sources = known.length > 1 ? known : [[card.benign_source, card]];
+    const sample = sources.map(([source, { num_flagged, num_benign }]) => `${num_flagged} of ${num_benign} in ${source}`).join(", ");
+    const promised = `at most ${share(card.fpr_upper)} of benign ${side} (95 % bound; ${sample})`;
     if (limit < card.threshold) return `False positives: the card promises nothing below ${decimals(card.threshold)}, where it is ${promised}.`;
     return `False positives: ${promised}.`;
   }
