@@ -103,6 +103,7 @@ def build(task: Task, reader: LoadedModel, rivals: tuple[str, ...], work: Path, 
     names = tuple(name for name in rivals if name != "target" or target is not None)
     config = RecipeConfig(
         max_tokens=task.max_tokens,
+        budget=task.budget,
         forms=FORMS,
         rivals=RivalConfig(names=names, target=target if "target" in names else None),
     )

@@ -54,6 +54,8 @@ class Task:
     elsewhere: dict[str, list[Conversation]] = field(default_factory=dict)
     """Other labelled texts to judge on, by a name that says what is new about them; read only when asked for."""
     max_tokens: int = 512
+    budget: float = BUDGET
+    """Share of ordinary texts that may be flagged."""
 
 
 def tasks(data: Path, seed: int) -> dict[str, Callable[[], Task]]:
@@ -70,7 +72,11 @@ def _taught(make: Callable[[Path, int], Task], data: Path, seed: int) -> Task:
 
 
 def _of_replies(
-    metric: str, data: Path, splits: dict[str, list[Conversation]], elsewhere: dict[str, list[Conversation]]
+    metric: str,
+    data: Path,
+    splits: dict[str, list[Conversation]],
+    elsewhere: dict[str, list[Conversation]],
+    budget: float = BUDGET,
 ) -> Task:
     """A task whose ordinary texts are an assistant's replies."""
     return Task(
@@ -80,6 +86,7 @@ def _of_replies(
         more_benign=more_benign(data),
         elsewhere=elsewhere,
         max_tokens=256,
+        budget=budget,
     )
 
 
@@ -118,7 +125,8 @@ def toxicity(data: Path, seed: int) -> Task:
     splits = {**split(pool, {"train": 0.85, "validation": 0.15}, seed=seed), "test": test}
     refusals = [row for row in read_xstest(data / "xstest") if row.labels["refusal"] == 1.0]
     elsewhere = {"polite_refusals": relabelled(drawn(refusals, 200, "polite refusals"), "toxicity", lambda row: 0.0)}
-    return _of_replies("toxicity", data, splits, elsewhere)
+    # Ordinary replies are so unlike a forum that 1 % of them are reached at a probability of .1.
+    return _of_replies("toxicity", data, splits, elsewhere, budget=0.002)
 
 
 def refusal(data: Path, seed: int) -> Task:
@@ -132,7 +140,7 @@ def refusal(data: Path, seed: int) -> Task:
 
 
 def prompt_injection(data: Path, seed: int) -> Task:
-    """The test has texts, and classes of attacks, that training never sees.
+    """The test has texts, and classes of attacks, that training never sees; training, each of its texts many times.
 
     Elsewhere: the same texts with attacks of the classes that it does see.
     """
@@ -143,7 +151,8 @@ def prompt_injection(data: Path, seed: int) -> Task:
     order = torch.randperm(len(classes), generator=generator(DRAWS, "attacks")).tolist()
     unseen = {classes[index] for index in order[:UNSEEN_ATTACKS]}
     seen = set(classes) - unseen
-    splits = {name: _one_attack_a_text(part, unseen if name == "test" else seen) for name, part in parts.items()}
+    splits = {name: [row for row in part if injection_class(row) not in unseen] for name, part in parts.items()}
+    splits["test"] = _one_attack_a_text(parts["test"], unseen)
     used = [row for part in parts.values() for row in part]
     ordinary, more = benign_requests(data, used)
     return Task(
