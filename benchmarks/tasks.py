@@ -151,7 +151,9 @@ def prompt_injection(data: Path, seed: int) -> Task:
     order = torch.randperm(len(classes), generator=generator(DRAWS, "attacks")).tolist()
     unseen = {classes[index] for index in order[:UNSEEN_ATTACKS]}
     seen = set(classes) - unseen
-    splits = {name: [row for row in part if injection_class(row) not in unseen] for name, part in parts.items()}
+    splits = {
+        name: _balanced([row for row in part if injection_class(row) not in unseen]) for name, part in parts.items()
+    }
     splits["test"] = _one_attack_a_text(parts["test"], unseen)
     used = [row for part in parts.values() for row in part]
     ordinary, more = benign_requests(data, used)
@@ -170,9 +172,28 @@ def _one_attack_a_text(rows: Sequence[Conversation], classes: set[str]) -> list[
     for row in rows:
         name = injection_class(row)
         if name is None or name in classes:
-            text = "-".join(row.id.split("-")[:3])
-            chosen.setdefault((text, name is None), row)
+            chosen.setdefault((_text_of(row), name is None), row)
     return list(chosen.values())
+
+
+def _balanced(rows: Sequence[Conversation]) -> list[Conversation]:
+    """With each text without an attack as often as with one, so that no kind of text is itself a sign of an attack."""
+    clean = {row.id.removesuffix("-clean"): row for row in rows if injection_class(row) is None}
+    attacked: set[str] = set()
+    further = []
+    for row in rows:
+        if injection_class(row) is None:
+            continue
+        text = _text_of(row)
+        if text in attacked:
+            further.append(replace(clean[text], id=f"{row.id}-clean"))
+        attacked.add(text)
+    return [*rows, *further]
+
+
+def _text_of(row: Conversation) -> str:
+    """Id of the text, whichever attack it has."""
+    return "-".join(row.id.split("-")[:3])
 
 
 def hallucination(data: Path, seed: int) -> Task:
