@@ -72,11 +72,7 @@ def _taught(make: Callable[[Path, int], Task], data: Path, seed: int) -> Task:
 
 
 def _of_replies(
-    metric: str,
-    data: Path,
-    splits: dict[str, list[Conversation]],
-    elsewhere: dict[str, list[Conversation]],
-    budget: float = BUDGET,
+    metric: str, data: Path, splits: dict[str, list[Conversation]], elsewhere: dict[str, list[Conversation]]
 ) -> Task:
     """A task whose ordinary texts are an assistant's replies."""
     return Task(
@@ -86,7 +82,6 @@ def _of_replies(
         more_benign=more_benign(data),
         elsewhere=elsewhere,
         max_tokens=256,
-        budget=budget,
     )
 
 
@@ -126,7 +121,7 @@ def toxicity(data: Path, seed: int) -> Task:
     refusals = [row for row in read_xstest(data / "xstest") if row.labels["refusal"] == 1.0]
     elsewhere = {"polite_refusals": relabelled(drawn(refusals, 200, "polite refusals"), "toxicity", lambda row: 0.0)}
     # Ordinary replies are so unlike a forum that 1 % of them are reached at a probability of .1.
-    return _of_replies("toxicity", data, splits, elsewhere, budget=0.002)
+    return replace(_of_replies("toxicity", data, splits, elsewhere), budget=0.002)
 
 
 def refusal(data: Path, seed: int) -> Task:
@@ -140,7 +135,7 @@ def refusal(data: Path, seed: int) -> Task:
 
 
 def prompt_injection(data: Path, seed: int) -> Task:
-    """The test has texts, and classes of attacks, that training never sees; training, each of its texts many times.
+    """The test has texts, and classes of attacks, that training never sees; training has a text with several.
 
     Elsewhere: the same texts with attacks of the classes that it does see.
     """
@@ -152,7 +147,8 @@ def prompt_injection(data: Path, seed: int) -> Task:
     unseen = {classes[index] for index in order[:UNSEEN_ATTACKS]}
     seen = set(classes) - unseen
     splits = {
-        name: _balanced([row for row in part if injection_class(row) not in unseen]) for name, part in parts.items()
+        name: _balanced([row for row in parts[name] if injection_class(row) not in unseen])
+        for name in ("train", "validation")
     }
     splits["test"] = _one_attack_a_text(parts["test"], unseen)
     used = [row for part in parts.values() for row in part]
